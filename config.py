@@ -1,0 +1,309 @@
+"""The run's configuration: every key with its type, default and meaning, read from YAML and the command line.
+
+The keys are those of the official code (facebookresearch/coconut, args/*.yaml) and of the older MLX port, plus ours.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from utils import UserError
+
+METHODS = ("coconut", "cot", "no_cot", "no_thoughts")
+REQUIRED = "(required)"
+
+
+def key(
+    meaning: str, default=REQUIRED, at_least: float | None = None, at_most: float | None = None, word: str | None = None
+):
+    """Declare one configuration key; `word` is a text it may hold beside values of its type."""
+    return field(default=default, metadata={"meaning": meaning, "at_least": at_least, "at_most": at_most, "word": word})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All keys of a run. Never changed after it is read; derived facts are properties."""
+
+    # General
+    save_path: str = key("directory that holds all runs")
+    name: str = key("this run's directory inside save_path, and its name in wandb")
+    project: str = key("project name in wandb", "coconut")
+    only_eval: bool = key("load a model and evaluate it once on val_path; no training", False)
+    debug: bool = key("first 5,000 training and 32 validation items, no wandb, no checkpoints", False)
+    seed: int = key("seed of shuffling, dropout and fresh weights", 0, at_least=0)
+
+    # Method: exactly one of the four is True
+    coconut: bool = key("method: continuous thoughts", False)
+    cot: bool = key("method: chain of thought in words", False)
+    no_cot: bool = key("method: answer directly, all steps dropped", False)
+    no_thoughts: bool = key("method: Coconut's curriculum without thoughts (c_thought is taken as 0)", False)
+
+    # Curriculum
+    c_thought: int = key("continuous thoughts that replace one reasoning step", 1, at_least=0)
+    epochs_per_stage: int = key("epochs of each training stage", 1, at_least=1)
+    max_latent_stage: int = key("stages after the initial one; also the most steps replaced by thoughts", 0, at_least=0)
+    pad_latent_to_max: bool = key(
+        "give items with few steps as many thoughts as the others (evaluation, and training past max_latent_stage)",
+        True,
+    )
+    uniform_prob: float = key("probability that a training item's stage is drawn uniformly instead", 0.0, 0, 1)
+
+    # Model
+    model_id: str | None = key("Hugging Face model id or local folder to start from, e.g. openai-community/gpt2", None)
+    model_revision: str | None = key("revision (branch, tag or commit) of model_id on the Hub", None)
+    load_model_path: str | None = key("checkpoint to start from or to evaluate (folder, .safetensors, .npz)", None)
+    model_config_path: str | None = key("GPT-2's config.json; with no weights named, a fresh model of that size", None)
+    initializer_range: float | None = key("spread of fresh weights; where None, the model config's", None, at_least=0)
+    tokenizer: str | None = key("a .tiktoken file or a .json list of words; default GPT-2's vocabulary", None)
+    bf16: bool = key("bfloat16 compute with float32 parameters (GPU only; on CPU float32 is used)", False)
+
+    # Data
+    train_path: str | None = key("training set (JSON list of question, steps, answer); needed unless only_eval", None)
+    val_path: str = key("validation or test set, same format")
+
+    # Training
+    num_epochs: int = key("epochs in all, the skipped ones of `resume` included", 1, at_least=1)
+    resume: int = key("epochs to skip at the start; with only_eval, the epoch whose stage is evaluated", 0, at_least=0)
+    batch_size_training: int = key("items per micro-batch", 32, at_least=1)
+    gradient_accumulation_steps: int = key("micro-batches per optimiser step", 1, at_least=1)
+    lr: float = key("learning rate of AdamW", 1e-4, at_least=0)
+    weight_decay: float = key("weight decay of AdamW, on every parameter", 0.01, at_least=0)
+    warmup_steps: int = key("optimiser steps over which the learning rate rises to lr (officially none)", 0, at_least=0)
+    max_grad_norm: float | None = key("clip the gradient to this norm (officially not clipped)", None, at_least=0)
+    reset_optimizer: bool | str = key(
+        "new optimiser every epoch (True, as the official code does), never (False), or at each `stage`",
+        False,
+        word="stage",
+    )
+    save_interval_minutes: float = key(
+        "minutes between the saves inside an epoch from which a stopped run goes on", 10, 0
+    )
+    keep_checkpoints: int | str = key(
+        "newest checkpoints to keep, or `all`; the best one is always kept", "all", at_least=1, word="all"
+    )
+    save_only_improve: bool = key("keep a checkpoint only when validation accuracy improves", False)
+
+    # Evaluation
+    batch_size_eval: int = key("items per batch in greedy decoding", 32, at_least=1)
+    max_new_tokens: int | None = key(
+        "longest answer in tokens; where None, 64 if val_path contains `gsm`, else 128", None, at_least=1
+    )
+
+    @property
+    def method(self) -> str:
+        """The one method that is switched on."""
+        return next(name for name in METHODS if getattr(self, name))
+
+    @property
+    def thoughts_per_step(self) -> int:
+        """c_thought where the method thinks in latents, else 0 (official run.py sets it so for no_thoughts)."""
+        return self.c_thought if self.coconut else 0
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes."""
+        return Path(self.save_path) / self.name
+
+    @property
+    def answer_limit(self) -> int:
+        """max_new_tokens; the default depends on the validation path's name (official run.py)."""
+        return self.max_new_tokens or (64 if "gsm" in self.val_path else 128)
+
+    def stage(self, epoch: int) -> int:
+        """The curriculum stage of an epoch counted from 0 (official run.py: 0 for cot and no_cot)."""
+        return 0 if self.cot or self.no_cot else epoch // self.epochs_per_stage
+
+    def resets_optimizer_at(self, epoch: int) -> bool:
+        """Whether a new optimiser is made before this epoch.
+
+        The official README says "when switching training stages", its code (run.py) does it every epoch; True does
+        what the code does, `stage` what the README says.
+        """
+        if self.reset_optimizer == "stage":
+            return epoch > 0 and self.stage(epoch) != self.stage(epoch - 1)
+        return self.reset_optimizer is True
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every key included, in a form that loads again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def to_dict(self) -> dict:
+        """Every key and its value."""
+        return dataclasses.asdict(self)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
+
+
+def load_config(path: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check the whole.
+
+    Precedence: override > file > default. Raises UserError that names every problem at once.
+    """
+    problems: list[str] = []
+    given = {**_read_yaml(path), **_read_overrides(overrides, problems)}
+    values = {}
+    for name, value in given.items():
+        if name not in FIELDS:
+            problems.append(f"{name}: unknown key{_suggest(name)}")
+            continue
+        values[name] = _convert(name, value, problems)
+    for name in FIELDS:
+        if FIELDS[name].default is REQUIRED and name not in given:
+            problems.append(f"{name}: missing; {FIELDS[name].metadata['meaning']}")
+    _check_combinations(values, problems)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise UserError(f"{path}: {count} in the configuration\n" + "\n".join(f"  - {p}" for p in problems))
+    return Config(**values)
+
+
+def usage() -> str:
+    """The text of --help: how to call run.py, and every key with type, default and meaning."""
+    lines = [
+        "usage: python run.py CONFIG [key=value ...]",
+        "",
+        "Train and evaluate Coconut or one of its baselines as CONFIG (a YAML file, see args/) says.",
+        "key=value overrides a key of the file, e.g. `python run.py args/gsm_cot.yaml save_path=runs lr=5e-5`.",
+        "",
+        "keys:",
+    ]
+    for name, f in FIELDS.items():
+        default = "required" if f.default is REQUIRED else f"default {f.default}"
+        lines += [f"  {name}  ({_type_name(name)}, {default})", f"      {f.metadata['meaning']}"]
+    return "\n".join(lines)
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); a YAML file is expected") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {_describe(content)}")
+    return content
+
+
+def _read_overrides(overrides: typing.Sequence[str], problems: list[str]) -> dict:
+    values = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{text!r} on the command line: expected key=value")
+            continue
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[name] = value
+    return values
+
+
+def _convert(name: str, value, problems: list[str]):
+    """The value in the key's type; a problem is noted where it has no such reading."""
+    if isinstance(value, str) and value.strip() in ("None", "null", ""):
+        value = None  # the official files write None as a word
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if value is None:
+        if type(None) not in allowed:
+            problems.append(f"{name}: expected {_type_name(name)}, found nothing (None)")
+        return None
+    if FIELDS[name].metadata["word"]:
+        if value == FIELDS[name].metadata["word"]:
+            return value
+        allowed = allowed[:1]
+    for wanted in allowed:
+        converted = _as_type(value, wanted)
+        if converted is not None:
+            _check_range(name, converted, problems)
+            return converted
+    problems.append(f"{name}: expected {_type_name(name)}, found {_describe(value)}")
+    return None
+
+
+def _as_type(value, wanted: type):
+    """`value` as `wanted`, or None where it is not one."""
+    if wanted is bool and isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if isinstance(value, bool) or wanted is bool:
+        return value if isinstance(value, bool) and wanted is bool else None
+    if wanted is str and isinstance(value, (str, int, float)):
+        return str(value)
+    if wanted is float:
+        return _as_float(value)
+    if wanted is int:
+        number = _as_float(value)
+        return int(number) if number is not None and number.is_integer() else None
+    return None
+
+
+def _as_float(value) -> float | None:
+    """PyYAML reads `1e-4` as a string, because YAML 1.1 wants a dot: such strings are numbers here."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _check_range(name: str, value, problems: list[str]) -> None:
+    at_least, at_most = FIELDS[name].metadata["at_least"], FIELDS[name].metadata["at_most"]
+    if isinstance(value, (bool, str)):
+        return
+    if at_least is not None and value < at_least:
+        problems.append(f"{name}: expected at least {at_least}, found {value}")
+    if at_most is not None and value > at_most:
+        problems.append(f"{name}: expected at most {at_most}, found {value}")
+
+
+def _check_combinations(values: dict, problems: list[str]) -> None:
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith(("YOUR_PATH", "PATH_TO")):
+            problems.append(f"{name}: still the placeholder {value!r}; put your own path there")
+    chosen = [method for method in METHODS if values.get(method)]
+    if len(chosen) != 1:
+        found = " and ".join(chosen) if chosen else "none"
+        problems.append(f"method: expected exactly one of {', '.join(METHODS)} to be True, found {found}")
+    if values.get("only_eval"):
+        if not (values.get("load_model_path") or values.get("model_id")):
+            problems.append("only_eval: nothing to evaluate; name a checkpoint with load_model_path")
+    elif values.get("train_path") is None:
+        problems.append("train_path: missing; needed unless only_eval is True")
+    if not any(values.get(name) for name in ("model_id", "load_model_path", "model_config_path")):
+        problems.append("model: name model_id, load_model_path or model_config_path")
+    resume, epochs = values.get("resume") or 0, values.get("num_epochs") or 1
+    if resume >= epochs and not values.get("only_eval"):
+        problems.append(f"resume: {resume} leaves nothing to train, because num_epochs is {epochs}")
+
+
+def _suggest(name: str) -> str:
+    close = difflib.get_close_matches(str(name), FIELDS, n=1)
+    return f"; did you mean {close[0]}?" if close else "; `python run.py --help` lists the keys"
+
+
+def _type_name(name: str) -> str:
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if word := FIELDS[name].metadata["word"]:
+        return f"{words[allowed[0]]} or `{word}`"
+    return " or ".join(words[t] for t in allowed)
+
+
+def _describe(value) -> str:
+    if value is None:
+        return "nothing (None)"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
