@@ -1,0 +1,140 @@
+"""Coconut (arXiv 2412.06769): a GPT-2 whose last hidden state is fed back as the next input embedding.
+
+All four methods run through this one forward: chain of thought, no chain of thought and no thoughts are Coconut with
+zero latents. Shapes: B rows, T columns, K latents of the longest row, N labelled tokens, D = n_embd.
+"""
+
+from typing import NamedTuple
+
+import cpu_blas  # noqa: F401  must come before mlx
+import mlx.core as mx
+import mlx.nn as nn
+
+from gpt2 import GPT2
+
+
+class Batch(NamedTuple):
+    """Token sequences laid out so that every row's first latent stands in one column (official MyCollator).
+
+    The collator knows where everything is; the model never looks for it. Labels are the `targets` at `predict`;
+    `weights` is 0 on the entries that only round N up. A prompt has its last token in column `last`.
+    """
+
+    ids: mx.array  # [B, T] int
+    positions: mx.array  # [B, T] int, 0 at a row's first real token
+    real: mx.array  # [B, T] bool, False on padding
+    latents: mx.array  # [B, K] bool, whether the row has a latent in column first_latent + k
+    first_latent: int  # column of the first latent, T where there is none
+    predict: mx.array  # [N] int, row * T + column of the hidden state that predicts a labelled token
+    targets: mx.array  # [N] int, the labelled tokens
+    weights: mx.array  # [N] float, 1 or 0
+    last: mx.array  # [B] int, column of the row's last real token
+
+    def to_mlx(self) -> "Batch":
+        """The batch with MLX arrays (the collator makes numpy ones, which may cross threads)."""
+        return Batch(*(value if isinstance(value, int) else mx.array(value) for value in self))
+
+
+class Coconut(nn.Module):
+    """The thought loop around a GPT-2; adds no parameter, so that parameters() are Hugging Face's GPT-2 names."""
+
+    def __init__(self, transformer: GPT2):
+        super().__init__()
+        self.transformer = transformer
+
+    def think(self, batch: Batch):
+        """Fill in the thoughts and run the whole batch: -> (hidden states [B, T, D], cache).
+
+        A thought is the hidden state after the final layer norm at the position before its latent (section 3 of the
+        paper; coconut.py of the official code). One pass runs up to the first latent, one position for each further
+        latent, and one over the rest; rows with fewer latents keep their ordinary tokens.
+        """
+        embeddings = self.transformer.embed(batch.ids)
+        n_latents, length = batch.latents.shape[1], batch.ids.shape[1]
+        mask = visible(batch.real)
+        hidden, cache, start = [], None, 0
+        for end in [*range(batch.first_latent, batch.first_latent + n_latents), length]:
+            inputs = embeddings[:, start:end]
+            if hidden:
+                is_latent = batch.latents[:, len(hidden) - 1, None, None]
+                thought = mx.where(is_latent, hidden[-1][:, -1:], inputs[:, :1])
+                inputs = mx.concatenate([thought, inputs[:, 1:]], axis=1)
+            out, cache = self.transformer(inputs, batch.positions[:, start:end], mask[:, :, start:end, :end], cache)
+            hidden.append(out)
+            start = end
+        return mx.concatenate(hidden, axis=1), cache
+
+    def __call__(self, batch: Batch) -> mx.array:
+        """Mean cross-entropy over the batch's labelled tokens (scalar); logits are computed at those alone."""
+        hidden, _ = self.think(batch)
+        logits = self.transformer.logits(hidden.reshape(-1, hidden.shape[-1])[batch.predict])  # [N, vocabulary]
+        losses = nn.losses.cross_entropy(logits, batch.targets)
+        return (losses * batch.weights).sum() / batch.weights.sum()
+
+    def generate(self, batch: Batch, max_new_tokens: int, eos_id: int) -> list[list[int]]:
+        """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.
+
+        A row ends at `eos_id` (also as the very first token), after max_new_tokens, or where the model has no further
+        position. Each token costs one position through the cache; rows that ended are taken out of the batch.
+        """
+        hidden, cache = self.think(batch)
+        rows = mx.arange(batch.ids.shape[0])
+        token = self.pick(hidden[rows, batch.last])
+        positions = batch.positions[rows, batch.last]
+        return _Decoder(self, batch.real, cache, token, positions).run(max_new_tokens, eos_id)
+
+    def pick(self, hidden: mx.array) -> mx.array:
+        """The most likely next token: hidden states [B, D] -> ids [B]."""
+        return mx.argmax(self.transformer.logits(hidden), axis=-1)
+
+
+class _Decoder:
+    """The rows that are still being decoded: their cache, last token and position."""
+
+    def __init__(self, model: Coconut, real: mx.array, cache, token: mx.array, positions: mx.array):
+        self.model, self.real, self.cache = model, real, cache
+        self.token, self.positions = token, positions
+        self.rows = list(range(token.shape[0]))
+
+    def run(self, max_new_tokens: int, eos_id: int) -> list[list[int]]:
+        outputs: list[list[int]] = [[] for _ in self.rows]
+        free = (self.model.transformer.config.n_positions - 1 - self.positions).tolist()  # positions left, by row
+        finished = [False] * len(outputs)
+        for step in range(max_new_tokens):
+            current = self.token
+            if step + 1 < max_new_tokens:
+                self.advance()  # one token ahead: computed while the current one is looked at
+            for row, token in zip(self.rows, current.tolist(), strict=True):
+                if not finished[row]:
+                    if token != eos_id:
+                        outputs[row].append(token)
+                    finished[row] = token == eos_id or len(outputs[row]) > free[row]
+            alive = [i for i, row in enumerate(self.rows) if not finished[row]]
+            if not alive:
+                break
+            if len(alive) <= len(self.rows) // 2:
+                self.keep(alive)
+        return outputs
+
+    def advance(self) -> None:
+        """Feed the current tokens and start computing the next ones."""
+        transformer = self.model.transformer
+        self.positions = mx.minimum(self.positions + 1, transformer.config.n_positions - 1)  # ended rows run on idly
+        self.real = mx.concatenate([self.real, mx.ones((len(self.rows), 1), dtype=mx.bool_)], axis=1)
+        embeddings = transformer.embed(self.token[:, None])
+        hidden, self.cache = transformer(embeddings, self.positions[:, None], self.real[:, None, None], self.cache)
+        self.token = self.model.pick(hidden[:, 0])
+        mx.async_eval(self.token, self.cache, self.real, self.positions)
+
+    def keep(self, alive: list[int]) -> None:
+        """Drop the rows that ended."""
+        index = mx.array(alive)
+        self.rows = [self.rows[i] for i in alive]
+        self.token, self.positions, self.real = self.token[index], self.positions[index], self.real[index]
+        self.cache = [(keys[index], values[index]) for keys, values in self.cache]
+
+
+def visible(real: mx.array) -> mx.array:
+    """The attention mask: causal, and never onto padding. real [B, T] -> bool [B, 1, T, T]."""
+    columns = mx.arange(real.shape[1])
+    return (columns[:, None] >= columns[None])[None, None] & real[:, None, None]

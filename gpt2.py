@@ -1,0 +1,185 @@
+"""GPT-2 in MLX, with the names and the weight layout of Hugging Face's files (Conv1D: [in, out]).
+
+The model has three verbs, all that the thought loop needs: `embed(ids)`, `__call__(embeddings, positions, mask, cache)`
+and `logits(hidden)`. Shapes: B rows, T columns of this pass, S columns with the cache's, D = n_embd, H heads.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import cpu_blas  # noqa: F401  must come before mlx
+import mlx.core as mx
+import mlx.nn as nn
+
+Cache = list[tuple[mx.array, mx.array]]  # per block: keys and values, each [B, H, S, D / H]
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The keys of Hugging Face's config.json that shape the model; defaults are GPT-2 small."""
+
+    vocab_size: int = 50_257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    activation_function: str = "gelu_new"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GPT2Config":
+        """Take our keys out of a config.json's content; raises ValueError for what this GPT-2 cannot do."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        config = cls(**{name: value for name, value in values.items() if name in names})
+        if values.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(f"model_type: expected gpt2, found {values['model_type']}")
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(config, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        if config.activation_function != "gelu_new":
+            raise ValueError(f"activation_function: expected gelu_new, found {config.activation_function}")
+        for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+            if values.get(name):
+                raise ValueError(f"{name}: not supported")
+        return config
+
+    def to_dict(self) -> dict:
+        """The content of a config.json that `transformers` opens as GPT2LMHeadModel."""
+        eos = min(self.vocab_size - 1, 50_256)
+        fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
+        return fixed | dataclasses.asdict(self)
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is kept as [in, out], the layout of GPT-2's files."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = mx.zeros((n_in, n_out))
+        self.bias = mx.zeros((n_out,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias, x, self.weight)
+
+
+def gelu_new(x: mx.array) -> mx.array:
+    """GPT-2's tanh approximation of GELU; the cube by multiplication, since MLX's own takes pow, slow on CPU."""
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over this pass's columns and the cache's."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_pdrop = config.attn_pdrop
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def __call__(self, x: mx.array, mask: mx.array, past: tuple[mx.array, mx.array] | None):
+        """x [B, T, D], mask bool [B or 1, 1, T, S] -> (output [B, T, D], (keys, values) [B, H, S, D / H])."""
+        B, T, D = x.shape
+        heads = self.c_attn(x).reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D / H]
+        q, k, v = heads[0], heads[1], heads[2]
+        if past is not None:
+            k, v = mx.concatenate([past[0], k], axis=2), mx.concatenate([past[1], v], axis=2)
+        out = self._attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(B, T, D)
+        return self.resid_dropout(self.c_proj(out)), (k, v)
+
+    def _attend(self, q, k, v, mask):
+        scale = q.shape[-1] ** -0.5
+        if not (self.training and self.attn_pdrop):
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        scores = (q * scale) @ k.swapaxes(-1, -2)  # the fused form has no dropout
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        return self.attn_dropout(mx.softmax(scores, axis=-1)) @ v
+
+
+class MLP(nn.Module):
+    """The two feed-forward layers of a block."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(config.n_embd, inner)
+        self.c_proj = Conv1D(inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dropout(self.c_proj(gelu_new(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, mask: mx.array, past: tuple[mx.array, mx.array] | None):
+        out, kept = self.attn(self.ln_1(x), mask, past)
+        x = x + out
+        return x + self.mlp(self.ln_2(x)), kept
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its tied output layer; a fresh one is initialised as GPT-2 is (draws from mx.random)."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self._initialise()
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token embeddings without positions: ids [B, T] -> [B, T, D]."""
+        return self.wte(ids)
+
+    def __call__(self, embeddings: mx.array, positions: mx.array, mask: mx.array, cache: Cache | None = None):
+        """Run one pass behind whatever the cache holds.
+
+        embeddings [B, T, D], positions [B, T], mask bool [B or 1, 1, T, S], True where a column may be seen.
+        Returns the hidden states AFTER the final layer norm [B, T, D] and the cache grown by T columns.
+        """
+        x = self.drop(embeddings + self.wpe(positions))
+        grown = []
+        for block, past in zip(self.h, cache or [None] * len(self.h), strict=True):
+            x, kept = block(x, mask, past)
+            grown.append(kept)
+        return self.ln_f(x), grown
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The product with the tied embedding: [..., D] -> [..., vocabulary]."""
+        return self.wte.as_linear(hidden)
+
+    def _initialise(self) -> None:
+        """Normal weights of initializer_range; those that end a residual branch smaller by sqrt(2 n_layer)."""
+        std = self.config.initializer_range
+        layers = [self.wte, self.wpe]
+        residual = []
+        for block in self.h:
+            layers += [block.attn.c_attn, block.mlp.c_fc]
+            residual += [block.attn.c_proj, block.mlp.c_proj]
+        for layer in layers:
+            layer.weight = mx.random.normal(layer.weight.shape) * std
+        for layer in residual:
+            layer.weight = mx.random.normal(layer.weight.shape) * (std / math.sqrt(2 * self.config.n_layer))
