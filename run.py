@@ -1,0 +1,267 @@
+"""The experiment, top to bottom: `python run.py CONFIG [key=value ...]` trains and evaluates Coconut or a baseline."""
+
+import shlex
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import cpu_blas  # before mlx
+except OSError as problem:
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+import checkpoint as ckpt
+import dataset
+from checkpoint import Position, Saved
+from coconut import Coconut
+from config import Config, load_config, usage
+from dataset import Data
+from evaluation import Evaluation, evaluate, validation_loss
+from metrics import MetricLog, start_wandb
+from tokenizer import Tokenizer, load_tokenizer
+from train import new_optimizer, training_steps
+from utils import Progress, RunError, Stopped, StopSignals, UserError, say, warn, write_json_lines, write_text
+from weights import Source, find_source, load_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of, loaded and checked before anything is written."""
+
+    config: Config
+    source: Source
+    tokenizer: Tokenizer
+    model: Coconut
+    train: Data | None
+    valid: Data
+    saved: Saved | None  # what the run directory holds already
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch; an incomplete last group of micro-batches is a step too."""
+        return -(-dataset.count_batches(len(self.train), self.config) // self.config.gradient_accumulation_steps)
+
+    def record(self, epochs_done: int, stage: int) -> dict:
+        """What a checkpoint written now says of itself."""
+        return ckpt.describe_run(self.config, self.tokenizer, epochs_done, stage)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status: 0 success, 1 failure, 2 a mistake of the user's, 128 + signal."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage())
+        return 0 if arguments else 2
+    try:
+        execute(load_config(arguments[0], arguments[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"stopped. To go on: python run.py {shlex.join(arguments)}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def execute(config: Config) -> None:
+    """One run from configuration to result: load everything, then evaluate once or train."""
+    directory = output_directory(config)
+    with ExitStack() as stack:
+        if directory.is_dir():
+            stack.enter_context(ckpt.locked(directory))
+        run = load(config)
+        introduce(run, directory)
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            stack.enter_context(ckpt.locked(directory))
+        ckpt.clean(directory)
+        if config.only_eval:
+            evaluate_only(run, directory)
+        else:
+            write_text(directory / "config.yaml", config.to_yaml())
+            train_through(run)
+
+
+def output_directory(config: Config) -> Path:
+    """save_path/name; an evaluation under the name of a training run writes into only_eval/ inside it."""
+    if config.only_eval and config.run_dir.is_dir() and ckpt.holds_training(config.run_dir):
+        return config.run_dir / "only_eval"
+    return config.run_dir
+
+
+def load(config: Config) -> Run:
+    """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
+    saved = ckpt.find_saved(config.run_dir) if config.run_dir.is_dir() and not config.only_eval else None
+    source = find_source(config, saved.path if saved else None)
+    tokenizer = load_tokenizer(config.tokenizer, source.folder)
+    if saved:
+        for note in ckpt.check_same_run(saved, config):
+            say(f"note: changed since the last start: {note}")
+    if source.weights and source.weights.is_dir():
+        ckpt.check_tokenizer(source.weights, tokenizer)
+    n_positions = source.gpt2.n_positions
+    valid = Data(config.val_path, config, tokenizer, n_positions, debug_limit=32)
+    train = None if config.only_eval else Data(config.train_path, config, tokenizer, n_positions, debug_limit=5000)
+    return Run(config, source, tokenizer, load_model(source, config, tokenizer), train, valid, saved)
+
+
+def introduce(run: Run, directory: Path) -> None:
+    """The run's first lines: what it is, on what, with what, and where it writes."""
+    config, shape = run.config, run.model.transformer.config
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    device = "GPU" if on_gpu else f"CPU ({cpu_blas.describe()})"
+    length = "evaluation only" if config.only_eval else f"{config.num_epochs} epochs"
+    n_parameters = sum(array.size for _, array in tree_flatten(run.model.parameters()))
+    sizes = f"{len(run.valid):,} items of {config.val_path}"
+    if run.train:
+        sizes = f"{len(run.train):,} training items of {config.train_path}, {sizes}"
+    say(f"run:   {config.name}, {config.method}, {length}, on {device}")
+    say(f"model: {n_parameters:,} parameters ({shape.n_layer} layers, {shape.n_embd} wide) from {run.source}")
+    say(f"data:  {sizes}; vocabulary from {run.tokenizer.source}")
+    say(f"files: {directory}")
+    if config.bf16:
+        warn("bf16 is not built yet; float32 is used" if on_gpu else "bf16 is slower on CPU; float32 is used")
+
+
+def train_through(run: Run) -> None:
+    """The curriculum: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
+    config = run.config
+    optimizer = new_optimizer(run.model, config)
+    position = take_up(run, optimizer)
+    metrics = MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config))
+    metrics.rewind(position.epoch * run.steps_per_epoch + position.step, position.epoch)
+    with StopSignals() as stop:
+        for epoch in range(position.epoch, config.num_epochs):
+            stage = config.stage(epoch)
+            if position.step == 0 and config.resets_optimizer_at(epoch):
+                optimizer = new_optimizer(run.model, config)
+            train_epoch(run, optimizer, position, metrics, stop)
+            save_trained(run, position)
+            stop.check()
+            result = judge(run, metrics, config.run_dir, epoch, stage, stop)
+            finish_epoch(run, position, result.accuracy, metrics)
+            stop.check()
+    metrics.close()
+    say(f"done: {config.run_dir}")
+
+
+def take_up(run: Run, optimizer) -> Position:
+    """The place to start from, the optimiser restored; `resume` counts only in a fresh directory (official run.py)."""
+    saved, config = run.saved, run.config
+    if saved is None:
+        return Position(epoch=config.resume)
+    position = saved.position
+    say(f"going on from {saved.path}: epoch {position.epoch + 1}, step {position.step} (the key `resume` is ignored)")
+    if not ckpt.load_optimizer(saved, optimizer) and not config.resets_optimizer_at(position.epoch):
+        warn(f"{saved.path} holds no optimiser state: AdamW starts anew, so the numbers will differ a little")
+    if position.epoch >= config.num_epochs:
+        say(f"all {config.num_epochs} epochs are done; raise num_epochs to train on")
+    return position
+
+
+def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, stop: StopSignals) -> None:
+    """Train from position.step to the end of the epoch and save the state there, and on the way where it is due."""
+    config, epoch, n_steps = run.config, position.epoch, run.steps_per_epoch
+    if position.step >= n_steps:
+        return  # taken up between training and validation
+    stage = config.stage(epoch)
+    if position.step == 0:
+        show_first_batch(run, metrics, epoch)
+    skip = position.step * config.gradient_accumulation_steps
+    batches = dataset.training_batches(run.train.tokens, config, run.tokenizer, epoch, skip)
+    n_tokens, started, last_save = 0, time.monotonic(), time.monotonic()
+    title = f"Epoch {epoch + 1}/{config.num_epochs}, stage {stage}"
+    with Progress(total=n_steps, initial=position.step, desc=title, unit=" steps") as bar:
+        for step in training_steps(run.model, optimizer, batches, config, epoch, n_steps, position.step):
+            position.step = step.number + 1
+            n_tokens += step.n_tokens
+            metrics.log({
+                "train/epoch": epoch + 1, "train/step": epoch * n_steps + step.number, "train/loss": step.loss,
+                "epoch": epoch + 1, "stage": stage,
+            })  # fmt: skip
+            rate = n_tokens / (time.monotonic() - started)
+            bar.set_postfix(loss=f"{step.loss:.4f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            bar.update()
+            is_last = position.step == n_steps
+            is_due = time.monotonic() - last_save >= 60 * config.save_interval_minutes
+            if (is_last or is_due or stop.requested) and not config.debug:
+                metrics.sync()
+                ckpt.save_state(run.model, optimizer, position, run.record(epoch + is_last, stage))
+                last_save = time.monotonic()
+            stop.check()
+
+
+def show_first_batch(run: Run, metrics: MetricLog, epoch: int) -> None:
+    """Write the epoch's first batch, token by token with its labels, to first_batch.txt and wandb."""
+    first = next(dataset.training_batches(run.train.tokens, run.config, run.tokenizer, epoch))
+    text = dataset.describe_batch(first, run.tokenizer)
+    write_text(run.config.run_dir / "first_batch.txt", text)
+    metrics.log_text("data_table", epoch * run.steps_per_epoch, text)
+
+
+def save_trained(run: Run, position: Position) -> None:
+    """checkpoint_{epoch + 1} of a trained epoch, before it is validated (official run.py)."""
+    if not run.config.save_only_improve and not run.config.debug:
+        record = run.record(position.epoch + 1, run.config.stage(position.epoch))
+        say(f"saved {ckpt.save_checkpoint(run.model, record)}")
+
+
+def finish_epoch(run: Run, position: Position, accuracy: float, metrics: MetricLog) -> None:
+    """Keep the best, move on to the next epoch, and record that in the saved state."""
+    config, epochs_done = run.config, position.epoch + 1
+    if accuracy > position.best_accuracy:
+        position.best_accuracy, position.best_epoch = accuracy, epochs_done
+        if config.save_only_improve and not config.debug:
+            record = run.record(epochs_done, config.stage(position.epoch))
+            say(f"saved {ckpt.save_checkpoint(run.model, record)}, the best so far")
+    position.epoch, position.step = epochs_done, 0
+    if not config.debug:
+        metrics.sync()
+        ckpt.move_state(config.run_dir, position)
+        ckpt.prune(config, position)
+
+
+def evaluate_only(run: Run, directory: Path) -> None:
+    """Evaluate once, at the stage that `resume` gives, and write metrics.jsonl and predictions_{resume}.jsonl."""
+    config, weights = run.config, run.source.weights
+    stage = config.stage(config.resume)
+    trained_at = ckpt.read_record(weights).get("stage", stage)
+    if trained_at != stage:
+        warn(f"{weights} was trained at stage {trained_at}; `resume: {config.resume}` evaluates it at stage {stage}")
+    metrics = MetricLog(directory / "metrics.jsonl", None)
+    with StopSignals() as stop:
+        judge(run, metrics, directory, config.resume, stage, stop)
+    metrics.close()
+
+
+def judge(run: Run, metrics: MetricLog, directory: Path, epoch: int, stage: int, stop: StopSignals) -> Evaluation:
+    """Validation loss and greedy accuracy at a stage: printed, logged, and written as predictions."""
+    config, valid = run.config, run.valid
+    epochs_done = epoch if config.only_eval else epoch + 1
+    loss_data = dataset.loss_batches(valid.tokens, config, run.tokenizer, epoch)
+    loss = validation_loss(run.model, stop.checked(loss_data), dataset.count_batches(len(valid), config))
+    prompts = dataset.prompt_batches(valid.tokens, config, run.tokenizer, stage)
+    result = evaluate(run.model, valid.examples, stop.checked(prompts), config, run.tokenizer)
+    say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
+    write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
+    metrics.log({
+        "eval/loss": loss, "eval/acc": result.accuracy, "eval/cot_em": result.cot_match,
+        "eval/n_tokens": result.mean_tokens, "eval/seconds_per_example": result.seconds_per_example,
+        "epoch": epochs_done, "stage": stage,
+    })  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""The optimiser and the training step."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from typing import NamedTuple
+
+import cpu_blas  # noqa: F401  must come before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from coconut import Batch, Coconut
+from config import Config
+from utils import RunError
+
+
+class Step(NamedTuple):
+    """What one optimiser step did."""
+
+    number: int  # within the epoch, counted from 0
+    loss: float  # mean of its micro-batches' means
+    n_tokens: int  # real tokens it read
+
+
+def new_optimizer(model: Coconut, config: Config) -> optim.AdamW:
+    """torch.optim.AdamW's semantics: bias correction, weight decay on every parameter (official run.py)."""
+    optimizer = optim.AdamW(
+        config.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=config.weight_decay, bias_correction=True
+    )
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def training_steps(
+    model: Coconut,
+    optimizer: optim.AdamW,
+    batches: Iterable[Batch],
+    config: Config,
+    epoch: int,
+    n_steps: int,
+    first: int,
+) -> Iterator[Step]:
+    """Train on micro-batches, gradient_accumulation_steps of them to a step; yields after every optimiser step.
+
+    n_steps: optimiser steps of a whole epoch; first: the one that `batches` begins with.
+
+    Dropout is a function of seed, epoch and step, so that a run taken up at any step goes on as if never stopped.
+    Raises RunError at the first loss that is not finite, before it touches the weights.
+    """
+    model.train()
+    loss_and_gradient = nn.value_and_grad(model, lambda batch: model(batch))
+    batches = iter(batches)
+    for number in count(first):
+        group = list(islice(batches, config.gradient_accumulation_steps))
+        if not group:
+            return
+        mx.random.seed(_dropout_seed(config.seed, epoch, number))
+        loss, gradient = _accumulate(loss_and_gradient, group, config.gradient_accumulation_steps)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} in epoch {epoch + 1}, step {number}: training stopped, checkpoints are untouched. "
+                "A lower learning rate (lr) is the usual remedy"
+            )
+        if config.max_grad_norm is not None:
+            gradient = clipped(gradient, config.max_grad_norm)
+        if config.warmup_steps:
+            optimizer.learning_rate = config.lr * min(1.0, (epoch * n_steps + number + 1) / config.warmup_steps)
+        optimizer.update(model, gradient)
+        mx.eval(model.parameters(), optimizer.state)
+        yield Step(number, loss, int(sum(batch.real.sum() for batch in group)))
+
+
+def clipped(gradient, max_norm: float):
+    """The gradient scaled down to max_norm where its norm over all parameters is larger (torch's clip_grad_norm_)."""
+    # summed row by row first: MLX adds a whole array naively on CPU, and float32 stops counting at 2**24
+    squares = [mx.square(g).sum(axis=-1).sum() for _, g in tree_flatten(gradient)]
+    scale = mx.minimum(1.0, max_norm / (mx.sqrt(sum(squares)) + 1e-6))
+    return tree_map(lambda g: g * scale, gradient)
+
+
+def _accumulate(loss_and_gradient, group: list[Batch], n_accumulated: int):
+    """Mean loss of the micro-batches and their summed gradient / n_accumulated.
+
+    An incomplete last group is divided by the full count too, as the official run.py does. Each micro-batch is
+    evaluated before the next is begun, so that memory holds the activations of one.
+    """
+    losses, total = [], None
+    for batch in group:
+        loss, gradient = loss_and_gradient(batch.to_mlx())
+        gradient = tree_map(lambda g: g / n_accumulated, gradient) if n_accumulated > 1 else gradient
+        total = gradient if total is None else tree_map(mx.add, total, gradient)
+        mx.eval(loss, total)
+        losses.append(loss.item())
+    return sum(losses) / len(losses), total
+
+
+def _dropout_seed(seed: int, epoch: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch, step)).generate_state(1, np.uint64)[0])
