@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from coconut import Coconut
 from config import Config
 from tokenizer import Tokenizer
-from utils import RunError, UserError, crc32, sync, warn, write_text
+from utils import UserError, crc32, human_size, sync, warn, write_text
 
 CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
 STATE = re.compile(r"^state_(\d+)_(\d+)$")
@@ -46,6 +46,8 @@ class Position:
     step: int = 0  # optimiser steps taken in it
     best_accuracy: float = 0.0
     best_epoch: int = 0  # epochs done when it was reached
+    metrics_bytes: int = 0  # size of metrics.jsonl at this point, and its checksum, to notice damage
+    metrics_crc32: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,18 @@ class Saved:
 
     @property
     def position(self) -> Position:
-        return Position(**self.record["position"]) if "position" in self.record else Position(epoch=self.epochs_done)
+        """Where to go on: as recorded, or for a mere checkpoint the next epoch, with the best of metrics.jsonl."""
+        if "position" in self.record:
+            return Position(**self.record["position"])
+        accuracy = _accuracies(self.path.parent / "metrics.jsonl")
+        done = [epoch for epoch in sorted(accuracy) if epoch <= self.epochs_done and accuracy[epoch] > 0]
+        best = max(done, key=accuracy.get, default=0)
+        return Position(self.epochs_done, 0, accuracy.get(best, 0.0), best)
+
+    def age(self) -> tuple:
+        """Sorts what was saved by the progress of the run; at equal progress a state goes before a checkpoint."""
+        position = self.record.get("position", {"epoch": 0, "step": 0})
+        return self.epochs_done, "position" in self.record, position["epoch"], position["step"]
 
     def problem(self) -> str | None:
         """What is wrong with the files, None where they are as they were written."""
@@ -101,8 +114,13 @@ def save_state(model: Coconut, optimizer, position: Position, record: dict) -> N
     path = _run_dir(record) / f"state_{position.epoch}_{position.step}"
     with _new_folder(path) as folder:
         _write_model(folder, model, record)
-        _write_tensors(folder / "optimizer.safetensors", dict(tree_flatten(optimizer.state)))
+        write_tensors(folder / "optimizer.safetensors", dict(tree_flatten(optimizer.state)))
         _write_record(folder, record | {"position": asdict(position)})
+    keep_only_state(path)
+
+
+def keep_only_state(path: Path) -> None:
+    """Remove the other states of the run directory, older ones that a newer one has made superfluous."""
     for other in _states(path.parent):
         if other != path:
             _remove(other)
@@ -128,6 +146,39 @@ def prune(config: Config, position: Position) -> None:
             _remove(path)
 
 
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of a run directory with the best validation accuracy, among those of its last stage.
+
+    Earlier stages answer with other numbers of thoughts, so their accuracy says nothing about the trained method.
+    Stages past max_latent_stage count as one: the prompts are the same. Without metrics.jsonl, the newest.
+    """
+    found = [s for s in _candidates(run_dir, []) if s.record and "position" not in s.record]
+    if not found:
+        raise UserError(f"{run_dir}: holds no checkpoint yet; train it first, or name a checkpoint")
+    accuracy = _accuracies(run_dir / "metrics.jsonl")
+    return max(found, key=lambda s: (_stage_group(s.record), accuracy.get(s.epochs_done, -1.0), s.epochs_done)).path
+
+
+def check_disk(config: Config, model_bytes: int, epochs_done: int) -> str:
+    """What the run will write, as a line for the user; raises UserError where the disk cannot hold it.
+
+    A state is the weights and AdamW's two moments; while a new one is written, the one before it is still there.
+    """
+    if config.debug or config.only_eval:
+        return ""
+    left = config.num_epochs - epochs_done
+    n_checkpoints = left if config.keep_checkpoints == "all" else min(left, config.keep_checkpoints + 1)
+    old_state = sum(f.stat().st_size for state in _states(config.run_dir) for f in state.iterdir())
+    need = model_bytes * (2 * 3 + n_checkpoints) - old_state
+    free = shutil.disk_usage(_existing(config.run_dir)).free
+    if need > free:
+        raise UserError(
+            f"{config.run_dir}: the run needs up to {human_size(need)} of disk for its state and {n_checkpoints} "
+            f"checkpoints, and {human_size(free)} are free; free some, or set keep_checkpoints to a small number"
+        )
+    return f"disk:  up to {human_size(need)} wanted, {human_size(free)} free"
+
+
 def holds_training(run_dir: Path) -> bool:
     """Whether a directory is that of a training run."""
     return any(CHECKPOINT.match(path.name) or STATE.match(path.name) for path in run_dir.iterdir())
@@ -140,9 +191,7 @@ def find_saved(run_dir: Path) -> Saved | None:
     where there are some and all are damaged: starting over would overwrite a night's work.
     """
     damaged = []
-    for saved in sorted(
-        _candidates(run_dir, damaged), key=lambda s: (s.epochs_done, "position" in s.record), reverse=True
-    ):
+    for saved in sorted(_candidates(run_dir, damaged), key=Saved.age, reverse=True):
         problem = saved.problem()
         if problem is None:
             return saved
@@ -184,6 +233,12 @@ def check_same_run(saved: Saved, config: Config) -> list[str]:
     return [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in free.items()]
 
 
+def check_intact(folder: Path) -> None:
+    """Raise UserError where a checkpoint of ours is not as it was written."""
+    if problem := Saved(folder, 0, read_record(folder)).problem():
+        raise UserError(f"{folder}: {problem}; use another checkpoint")
+
+
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise UserError where a checkpoint was trained with another vocabulary than this one."""
     recorded = read_record(folder).get("tokenizer")
@@ -197,6 +252,12 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 def read_record(path: Path | None) -> dict:
     """What a checkpoint of ours says of itself; empty for weights from elsewhere."""
     return _read_record(path) if path and (path / RECORD).is_file() else {}
+
+
+def write_tensors(path: Path, tensors: dict[str, mx.array], header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under exactly this name; raises OSError where it does not reach the disk whole."""
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, dict(sorted(tensors.items())), header or {})
 
 
 def clean(run_dir: Path) -> None:
@@ -243,31 +304,40 @@ def _run_dir(record: dict) -> Path:
 
 
 def _states(run_dir: Path) -> list[Path]:
-    return [path for path in run_dir.iterdir() if STATE.match(path.name)]
+    return [path for path in run_dir.iterdir() if STATE.match(path.name)] if run_dir.is_dir() else []
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _stage_group(record: dict) -> int:
+    return min(record["stage"], record["config"]["max_latent_stage"] + 1)
+
+
+def _accuracies(metrics: Path) -> dict[int, float]:
+    """Validation accuracy by epochs done."""
+    if not metrics.is_file():
+        return {}
+    found = {}
+    for line in metrics.read_bytes().splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a torn line says nothing
+            record = json.loads(line)
+            found[record["epoch"]] = record["eval/acc"]
+    return found
 
 
 def _remove(folder: Path) -> None:
     """Delete a folder so that a kill half-way leaves nothing under its name."""
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _write_model(folder: Path, model: Coconut, record: dict) -> None:
     header = {"format": "pt", "epoch": str(record["epoch"]), "stage": str(record["stage"]), "method": record["method"]}
-    _write_tensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), header)
+    write_tensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), header)
     write_text(folder / "config.json", json.dumps(model.transformer.config.to_dict(), indent=1))
-
-
-def _write_tensors(path: Path, tensors: dict[str, mx.array], header: dict[str, str] | None = None) -> None:
-    try:
-        mx.save_safetensors(str(path), tensors, header or {})
-    except RuntimeError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error}); is the disk full? What was saved before is intact"
-        ) from error
-    if path.stat().st_size <= sum(tensor.nbytes for tensor in tensors.values()):
-        raise RunError(f"{path}: written only in part; is the disk full? What was saved before is intact")
 
 
 def _write_record(folder: Path, record: dict) -> None:

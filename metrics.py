@@ -3,11 +3,12 @@
 import json
 import netrc
 import os
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
 from config import Config
-from utils import sync, warn, write_text
+from utils import crc32, sync, warn, write_text
 
 
 class MetricLog:
@@ -16,6 +17,11 @@ class MetricLog:
     def __init__(self, path: Path, wandb_run):
         self.path, self.wandb_run = path, wandb_run
         self._file = open(path, "ab")  # noqa: SIM115  closed by close()
+
+    def check(self, n_bytes: int, expected_crc32: int) -> None:
+        """Warn where the first n_bytes are not what they were when a state was saved."""
+        if zlib.crc32(self.path.read_bytes()[:n_bytes]) != expected_crc32:
+            warn(f"{self.path}: changed since it was written, or damaged; what can be read of it is kept")
 
     def rewind(self, next_step: int, epochs_done: int) -> None:
         """Drop what a run taken up at this point will write again: later steps, and later epochs' evaluations."""
@@ -37,9 +43,10 @@ class MetricLog:
 
             self._to_wandb({name: wandb.Table(columns=["step", "text"], data=[[step, text]])})
 
-    def sync(self) -> None:
-        """Return when every line is on disk, not only with the operating system."""
+    def sync(self) -> tuple[int, int]:
+        """Size and checksum of the file, every line of which is on disk when this returns."""
         sync(self.path)
+        return self.path.stat().st_size, crc32(self.path)
 
     def close(self) -> None:
         self._file.close()

@@ -1,5 +1,6 @@
 """The experiment, top to bottom: `python run.py CONFIG [key=value ...]` trains and evaluates Coconut or a baseline."""
 
+import errno
 import shlex
 import signal
 import sys
@@ -62,7 +63,12 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RunError, OSError) as error:
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        hint = "; make room and run the same command again, what was saved before is intact" if full else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 1
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -103,17 +109,29 @@ def output_directory(config: Config) -> Path:
 def load(config: Config) -> Run:
     """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
     saved = ckpt.find_saved(config.run_dir) if config.run_dir.is_dir() and not config.only_eval else None
-    source = find_source(config, saved.path if saved else None)
+    source = find_source(config, saved.path if saved else named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)
     if saved:
         for note in ckpt.check_same_run(saved, config):
             say(f"note: changed since the last start: {note}")
     if source.weights and source.weights.is_dir():
+        if not saved:
+            ckpt.check_intact(source.weights)
         ckpt.check_tokenizer(source.weights, tokenizer)
     n_positions = source.gpt2.n_positions
     valid = Data(config.val_path, config, tokenizer, n_positions, debug_limit=32)
     train = None if config.only_eval else Data(config.train_path, config, tokenizer, n_positions, debug_limit=5000)
     return Run(config, source, tokenizer, load_model(source, config, tokenizer), train, valid, saved)
+
+
+def named_run(config: Config) -> Path | None:
+    """The best checkpoint, where load_model_path names the directory of a whole run."""
+    path = Path(config.load_model_path or "")
+    if not config.load_model_path or not path.is_dir() or not ckpt.holds_training(path):
+        return None
+    best = ckpt.best_checkpoint(path)
+    say(f"{path} is a run: taking {best.name}, the best of its last stage")
+    return best
 
 
 def introduce(run: Run, directory: Path) -> None:
@@ -130,6 +148,9 @@ def introduce(run: Run, directory: Path) -> None:
     say(f"model: {n_parameters:,} parameters ({shape.n_layer} layers, {shape.n_embd} wide) from {run.source}")
     say(f"data:  {sizes}; vocabulary from {run.tokenizer.source}")
     say(f"files: {directory}")
+    epochs_done = run.saved.position.epoch if run.saved else config.resume
+    if disk := ckpt.check_disk(config, 4 * n_parameters, epochs_done):
+        say(disk)
     if config.bf16:
         warn("bf16 is not built yet; float32 is used" if on_gpu else "bf16 is slower on CPU; float32 is used")
 
@@ -140,6 +161,8 @@ def train_through(run: Run) -> None:
     optimizer = new_optimizer(run.model, config)
     position = take_up(run, optimizer)
     metrics = MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config))
+    if position.metrics_bytes:
+        metrics.check(position.metrics_bytes, position.metrics_crc32)
     metrics.rewind(position.epoch * run.steps_per_epoch + position.step, position.epoch)
     with StopSignals() as stop:
         for epoch in range(position.epoch, config.num_epochs):
@@ -163,7 +186,9 @@ def take_up(run: Run, optimizer) -> Position:
         return Position(epoch=config.resume)
     position = saved.position
     say(f"going on from {saved.path}: epoch {position.epoch + 1}, step {position.step} (the key `resume` is ignored)")
-    if not ckpt.load_optimizer(saved, optimizer) and not config.resets_optimizer_at(position.epoch):
+    if ckpt.load_optimizer(saved, optimizer):
+        ckpt.keep_only_state(saved.path)
+    elif not config.resets_optimizer_at(position.epoch):
         warn(f"{saved.path} holds no optimiser state: AdamW starts anew, so the numbers will differ a little")
     if position.epoch >= config.num_epochs:
         say(f"all {config.num_epochs} epochs are done; raise num_epochs to train on")
@@ -196,7 +221,7 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
             is_last = position.step == n_steps
             is_due = time.monotonic() - last_save >= 60 * config.save_interval_minutes
             if (is_last or is_due or stop.requested) and not config.debug:
-                metrics.sync()
+                position.metrics_bytes, position.metrics_crc32 = metrics.sync()
                 ckpt.save_state(run.model, optimizer, position, run.record(epoch + is_last, stage))
                 last_save = time.monotonic()
             stop.check()
@@ -227,7 +252,7 @@ def finish_epoch(run: Run, position: Position, accuracy: float, metrics: MetricL
             say(f"saved {ckpt.save_checkpoint(run.model, record)}, the best so far")
     position.epoch, position.step = epochs_done, 0
     if not config.debug:
-        metrics.sync()
+        position.metrics_bytes, position.metrics_crc32 = metrics.sync()
         ckpt.move_state(config.run_dir, position)
         ckpt.prune(config, position)
 
@@ -237,7 +262,7 @@ def evaluate_only(run: Run, directory: Path) -> None:
     config, weights = run.config, run.source.weights
     stage = config.stage(config.resume)
     trained_at = ckpt.read_record(weights).get("stage", stage)
-    if trained_at != stage:
+    if min(trained_at, config.max_latent_stage) != min(stage, config.max_latent_stage):
         warn(f"{weights} was trained at stage {trained_at}; `resume: {config.resume}` evaluates it at stage {stage}")
     metrics = MetricLog(directory / "metrics.jsonl", None)
     with StopSignals() as stop:

@@ -144,3 +144,12 @@ def crc32(path: Path) -> int:
         while chunk := file.read(1 << 22):
             value = zlib.crc32(chunk, value)
     return value
+
+
+def human_size(n_bytes: float) -> str:
+    """A size in memory or on disk for people, e.g. `1.5 GB` (powers of ten)."""
+    for unit in ("bytes", "kB", "MB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} GB"

@@ -1,0 +1,207 @@
+"""Runs that are killed, stopped, damaged or out of disk go on to the same result, or say clearly why not."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+
+import pytest
+from survival import SETTINGS, Trial, differences
+
+import run as run_module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run (three epochs, a new optimiser each), and the seconds it took."""
+    trial = Trial(tmp_path_factory.mktemp("survival") / "whole", SETTINGS["every epoch anew"])
+    return trial, trial.finish()
+
+
+@pytest.mark.parametrize("name", ["optimiser kept", "mixed stages"])
+def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
+    """SIGKILL at random moments; `python tests/survival.py` does this at length for every setting."""
+    uninterrupted, killed = Trial(tmp_path / "whole", SETTINGS[name]), Trial(tmp_path / "killed", SETTINGS[name])
+    uninterrupted.finish()
+    rng, n_lines = random.Random(5), len(lines(uninterrupted))
+    for part in (0.2, 0.5, 0.8):
+        process = killed.start()
+        wait_for(lambda share=part: len(lines(killed)) >= share * n_lines, process)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+    killed.finish()
+    assert differences(uninterrupted, killed) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, tmp_path):
+    """Ctrl-C and SIGTERM finish the step and save; the same command goes on to the same bits."""
+    trial = Trial(tmp_path / "stopped", SETTINGS["every epoch anew"] | {"save_interval_minutes": 60})
+    process = trial.start()
+    wait_for(lambda: len(lines(trial)) >= 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    assert "Traceback" not in output
+    assert "To go on: python run.py" in output
+    written = [record["train/step"] for record in map(json.loads, lines(trial)) if "train/step" in record]
+    position = json.loads(next(trial.run_dir.glob("state_*/coconut.json")).read_text())["position"]
+    assert position["epoch"] * 10 + position["step"] >= len(written) - 1, "steps were lost"
+    trial.finish()
+    assert differences(whole[0], trial) == []
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """Without waiting for the step."""
+    trial = Trial(tmp_path / "twice", SETTINGS["optimiser kept"] | {"num_epochs": 200})
+    process = trial.start()
+    wait_for(lambda: lines(trial), process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+
+
+def test_a_second_process_on_the_same_directory_refuses(tmp_path):
+    """While the first one works on, undisturbed."""
+    trial = Trial(tmp_path / "busy", SETTINGS["optimiser kept"] | {"num_epochs": 200})
+    first = trial.start()
+    try:
+        wait_for(lambda: lines(trial), first)
+        second = trial.start()
+        output, _ = second.communicate(timeout=60)
+        assert second.returncode == 2
+        assert "another process" in output
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.fixture(scope="module")
+def two_of_three(whole, tmp_path_factory):
+    """A run stopped after two of the three epochs, to be copied and damaged."""
+    trial = Trial(tmp_path_factory.mktemp("damage") / "original", SETTINGS["every epoch anew"] | {"num_epochs": 2})
+    trial.finish()
+    return trial
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+STATE = "state_1_10"
+RECOVERED = [
+    f"{STATE}/{name}" for name in ("coconut.json", "config.json", "model.safetensors", "optimizer.safetensors")
+]
+HARMLESS = [f"checkpoint_{n}/{name}" for n in (1, 2) for name in ("coconut.json", "config.json", "model.safetensors")]
+HARMLESS += ["config.yaml", "first_batch.txt", "predictions_1.jsonl"]
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, remove])
+@pytest.mark.parametrize("name", [*RECOVERED, "metrics.jsonl", *HARMLESS])
+def test_a_damaged_file_is_named_or_does_no_harm(name, damage, whole, two_of_three, tmp_path, capsys):
+    """The run goes on from what is whole and ends with the model it would have had."""
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "trial"
+    files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    assert name in files
+    damage(run_dir / name)
+    status = run_module.main(resume_command(tmp_path / "copy"))
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    model = "checkpoint_3/model.safetensors"
+    assert (run_dir / model).read_bytes() == (whole[0].run_dir / model).read_bytes()
+    if name in RECOVERED:
+        assert STATE in printed.err
+        assert "going back" in printed.err
+    if name == "metrics.jsonl":
+        assert "metrics.jsonl" in printed.err
+
+
+def resume_command(folder):
+    """The arguments that take up a copied run for its third epoch."""
+    config = json.loads((folder / "trial.yaml").read_text())
+    (folder / "trial.yaml").write_text(json.dumps(config | {"save_path": str(folder / "runs"), "num_epochs": 3}))
+    return [str(folder / "trial.yaml")]
+
+
+def fill(path):
+    """Write until the disk is full."""
+    with suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def lines(trial):
+    path = trial.run_dir / "metrics.jsonl"
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system (root on Linux)")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_cannot_hold_the_run_is_refused_early(small_disk, tmp_path):
+    """Before anything is written, with the sizes."""
+    trial = Trial(tmp_path / "full", SETTINGS["optimiser kept"] | {"save_path": str(small_disk), "num_epochs": 30})
+    output, _ = (process := trial.start()).communicate(timeout=60)
+    assert process.returncode == 2
+    assert "keep_checkpoints" in output
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_last_state_intact_and_the_run_can_go_on(small_disk, tmp_path):
+    """Filled by something else in mid-run: a clear message, status 1; after making room the same bits as ever."""
+    keys = SETTINGS["optimiser kept"] | {"num_epochs": 2, "keep_checkpoints": 1}
+    undisturbed = Trial(tmp_path / "undisturbed", keys)
+    undisturbed.finish()
+    trial = Trial(tmp_path / "full", keys | {"save_path": str(small_disk)})
+    trial.run_dir = small_disk / "trial"
+    process = trial.start()
+    wait_for(lambda: list(small_disk.glob("trial/state_*")), process)
+    fill(small_disk / "filler")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert "disk" in output or "space" in output
+    (small_disk / "filler").unlink()
+    trial.finish()
+    assert differences(undisturbed, trial) == []
