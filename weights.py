@@ -124,6 +124,16 @@ def canonical(tensors: Tensors, path: Path) -> Tensors:
     return result
 
 
+def to_mlx_layout(tensors: Tensors, method: str) -> Tensors:
+    """Canonical tensors as the older MLX port (vincentamato/mlx-coconut) reads them: nn.Linear layout, its names."""
+    prefix = "base_causallm." if method == "coconut" else ""
+    result = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix("transformer.")
+        result[prefix + bare] = mx.contiguous(tensor.T) if TRANSPOSED.match(bare) else tensor
+    return result
+
+
 def _warn_if_untied(name: str, tensor: mx.array, embedding: mx.array | None, path: Path) -> None:
     if not name.endswith(".weight") or embedding is None:
         return

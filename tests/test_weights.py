@@ -1,0 +1,298 @@
+"""Every source of weights gives the model that transformers computes with; what does not fit is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import export
+from checkpoint import best_checkpoint
+from coconut import visible
+from config import Config
+from tokenizer import load_tokenizer
+from utils import UserError
+from weights import canonical, find_source, load_model, read_tensors
+
+torch = pytest.importorskip("torch", reason="needs torch to make the files of the official code")
+transformers = pytest.importorskip("transformers", reason="needs transformers as the reference")
+
+ROOT = Path(__file__).resolve().parents[1]
+IDS = [[3, 77, 256, 19, 40, 65, 7, 11], [1, 2, 3, 250, 99, 98, 97, 256]]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A vocabulary of 257 words: rows without markers 258, with them 261."""
+    path = tmp_path_factory.mktemp("words") / "words.json"
+    path.write_text('["<<"]')
+    return path
+
+
+@pytest.fixture(scope="module", params=[258, 261], ids=["without markers", "with markers"])
+def reference(request):
+    """A random GPT-2 of transformers, every tensor of it non-trivial."""
+    torch.manual_seed(1)
+    shape = {"vocab_size": request.param, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def our_logits(config, words):
+    tokenizer = load_tokenizer(str(words))
+    model = load_model(find_source(config), config, tokenizer)
+    model.eval()
+    ids = mx.array(IDS)
+    positions = mx.broadcast_to(mx.arange(ids.shape[1]), ids.shape)
+    hidden, _ = model.transformer(model.transformer.embed(ids), positions, visible(mx.ones(ids.shape, dtype=mx.bool_)))
+    return np.array(model.transformer.logits(hidden))
+
+
+def make_config(words, method="coconut", **keys):
+    return Config(save_path="x", name="x", val_path="x", tokenizer=str(words), **{method: True}, **keys)
+
+
+def named_tensors(model):
+    """transformers' parameters as numpy, without prefix, the tied output layer left out."""
+    state = model.state_dict()
+    return {k.removeprefix("transformer."): v.numpy() for k, v in state.items() if k != "lm_head.weight"}
+
+
+def linear(tensors):
+    """The same in nn.Linear layout."""
+    names = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {k: np.ascontiguousarray(v.T) if k.endswith(names) else v for k, v in tensors.items()}
+
+
+def prefixed(tensors, prefix):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def old_port(model):
+    """What the older MLX port saves for coconut: nn.Linear layout, the embedding twice, a mask in every block."""
+    tensors = prefixed(linear(named_tensors(model)), "base_causallm.")
+    mask = np.tril(np.ones((1, 1, 64, 64), dtype=np.float32)) + 0.01  # trained, as it is there
+    extras = {f"base_causallm.h.{i}.attn.bias": mask for i in range(2)}
+    return tensors | extras | {"embedding.weight": tensors["base_causallm.wte.weight"]}
+
+
+def hf_extras(model):
+    """The buffers and the output layer that older Hugging Face files carry."""
+    tensors = named_tensors(model)
+    mask = np.tril(np.ones((1, 1, 64, 64), dtype=np.float32))
+    buffers = {f"h.{i}.attn.bias": mask for i in range(2)} | {
+        f"h.{i}.attn.masked_bias": np.float32(-1e4) for i in range(2)
+    }
+    return prefixed(tensors | buffers, "transformer.") | {"lm_head.weight": tensors["wte.weight"]}
+
+
+def write(folder, tensors, kind, model):
+    """Put tensors into a file of a kind, with the model's config.json beside it; returns the file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
+    arrays = {name: mx.array(value) for name, value in tensors.items()}
+    path = folder / {"safetensors": "weights.safetensors", "npz": "weights.npz", "torch": "checkpoint_33"}[kind]
+    if kind == "safetensors":
+        mx.save_safetensors(str(path), arrays)
+    elif kind == "npz":
+        mx.savez(str(path), **arrays)
+    else:
+        torch.save({name: torch.tensor(np.asarray(value)) for name, value in tensors.items()}, path)
+    return path
+
+
+LAYOUTS = {
+    "Hugging Face, bare": named_tensors,
+    "Hugging Face, transformer.": lambda m: prefixed(named_tensors(m), "transformer."),
+    "Hugging Face, with buffers and lm_head": hf_extras,
+    "official cot": lambda m: {k: v.numpy() for k, v in m.state_dict().items()},
+    "official coconut": lambda m: (
+        prefixed({k: v.numpy() for k, v in m.state_dict().items()}, "base_causallm.")
+        | {"embedding.weight": m.transformer.wte.weight.detach().numpy()}
+    ),
+    "MLX, bare": lambda m: linear(named_tensors(m)),
+    "MLX, base_causallm.": lambda m: prefixed(linear(named_tensors(m)), "base_causallm."),
+    "MLX, transformer.": lambda m: prefixed(linear(named_tensors(m)), "transformer."),
+    "older MLX port": old_port,
+}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "torch"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_file_gives_the_logits_of_transformers(layout, kind, reference, words, tmp_path):
+    """load_model_path: names, layouts and formats; for cot and for coconut, which may add three rows."""
+    path = write(tmp_path, LAYOUTS[layout](reference), kind, reference)
+    expected = torch_logits(reference)
+    for method in ("cot", "coconut"):
+        ours = our_logits(make_config(words, method, load_model_path=str(path)), words)
+        np.testing.assert_allclose(ours[..., : expected.shape[-1]], expected, rtol=0, atol=1e-5)
+        assert ours.shape[-1] == (261 if method == "coconut" else expected.shape[-1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_files_become_float32(dtype, reference, words, tmp_path):
+    """The values are those of the file, the parameters float32."""
+    half = reference.to(getattr(torch, dtype))
+    half.save_pretrained(tmp_path)
+    reference.to(torch.float32)
+    expected = torch_logits(transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval())
+    ours = our_logits(make_config(words, "cot", model_id=str(tmp_path)), words)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_a_local_folder_whole_and_in_shards(reference, words, tmp_path):
+    """model_id as a folder that transformers wrote, in one file or several with their index."""
+    expected = torch_logits(reference)
+    for name, size in (("whole", "1GB"), ("shards", "8KB")):
+        reference.save_pretrained(tmp_path / name, max_shard_size=size)
+        ours = our_logits(make_config(words, "cot", model_id=str(tmp_path / name)), words)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+
+
+def test_missing_markers_start_as_copies_of_the_double_angle(words, tmp_path, reference):
+    """Only for coconut, and only where the file has no rows for them (official run.py)."""
+    path = write(tmp_path, named_tensors(reference), "safetensors", reference)
+    tokenizer = load_tokenizer(str(words))
+    config = make_config(words, load_model_path=str(path))
+    table = np.array(load_model(find_source(config), config, tokenizer).transformer.wte.weight)
+    original = reference.transformer.wte.weight.detach().numpy()
+    np.testing.assert_array_equal(table[: len(original)], original)
+    if len(original) == 258:
+        np.testing.assert_array_equal(table[258:], np.repeat(original[[tokenizer.prototype_id]], 3, axis=0))
+
+
+def test_a_repository_id_is_found_in_the_hub_cache_offline(reference, words, tmp_path):
+    """huggingface_hub's cache layout, no network: branch and pinned revision."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    reference.save_pretrained(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    code = (
+        "import sys; from config import Config; from weights import find_source\n"
+        "named = dict(model_id='someone/tiny', model_revision=eval(sys.argv[1]))\n"
+        "c = Config(save_path='x', name='x', val_path='x', cot=True, **named)\n"
+        "print(find_source(c).weights)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for pinned in ("None", repr(revision)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, pinned], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith(revision)
+
+
+@pytest.fixture(scope="module")
+def trained(words, tmp_path_factory):
+    """The directory of a short run of ours."""
+    from survival import Trial
+
+    trial = Trial(tmp_path_factory.mktemp("trained") / "run", {"num_epochs": 2})
+    trial.finish()
+    return trial
+
+
+def test_transformers_opens_our_checkpoints_and_we_open_its(trained, words, tmp_path):
+    """Saved here, opened there, same logits; and back."""
+    folder = trained.run_dir / "checkpoint_2"
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours = our_logits(make_config(words, load_model_path=str(folder)), words)
+    np.testing.assert_allclose(ours, torch_logits(theirs.eval()), rtol=0, atol=1e-5)
+    theirs.save_pretrained(tmp_path)
+    back = our_logits(make_config(words, load_model_path=str(tmp_path)), words)
+    np.testing.assert_array_equal(back, ours)
+
+
+def test_a_checkpoint_says_where_it_comes_from(trained):
+    """coconut.json beside the weights."""
+    record = json.loads((trained.run_dir / "checkpoint_2" / "coconut.json").read_text())
+    assert (record["epoch"], record["stage"], record["method"], record["c_thought"]) == (2, 1, "coconut", 1)
+    assert record["versions"].keys() >= {"python", "mlx", "numpy", "tiktoken"}
+    assert record["config"]["num_epochs"] == 2
+    assert record["tokenizer"]["vocab_size"] == 261
+
+
+@pytest.mark.parametrize("method", ["coconut", "cot"])
+def test_export_writes_what_the_older_mlx_port_reads(method, trained, words, tmp_path, capsys):
+    """nn.Linear layout under its names: base_causallm. for coconut, bare for the others."""
+    out = tmp_path / "out.safetensors"
+    assert export.main([str(trained.run_dir / "checkpoint_2"), str(out), "--method", method]) == 0
+    tensors = mx.load(str(out))
+    prefix = "base_causallm." if method == "coconut" else ""
+    assert tensors[prefix + "h.0.attn.c_attn.weight"].shape == (96, 32)
+    assert {name.split(".")[0 if not prefix else 1] for name in tensors} == {"wte", "wpe", "h", "ln_f"}
+    back, original = canonical(read_tensors(out), out), read_tensors(trained.run_dir / "checkpoint_2")
+    assert back.keys() == original.keys()
+    assert all(mx.array_equal(back[name], original[name]).item() for name in original)
+
+
+def test_a_run_directory_stands_for_its_best_checkpoint_of_the_last_stage(trained, tmp_path):
+    """Stage 0 answers with all its steps in words: its accuracy is not that of the trained method."""
+    for epoch, stage in ((1, 0), (2, 1), (3, 1), (4, 1)):
+        folder = tmp_path / f"checkpoint_{epoch}"
+        folder.mkdir()
+        record = json.loads((trained.run_dir / "checkpoint_1" / "coconut.json").read_text())
+        record |= {"epoch": epoch, "stage": stage}
+        write_record(folder, record)
+    accuracies = {1: 0.9, 2: 0.3, 3: 0.5, 4: 0.4}
+    lines = [json.dumps({"epoch": epoch, "eval/acc": value}) for epoch, value in accuracies.items()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert best_checkpoint(tmp_path).name == "checkpoint_3"
+    (tmp_path / "metrics.jsonl").unlink()
+    assert best_checkpoint(tmp_path).name == "checkpoint_4"
+
+
+def write_record(folder, record):
+    import checkpoint
+
+    checkpoint._seal(record)
+    (folder / "coconut.json").write_text(json.dumps(record))
+
+
+def test_an_untied_embedding_is_used_with_a_warning(reference, words, tmp_path, capsys):
+    """The older port's alias may have been trained apart; GPT-2 has one table."""
+    tensors = old_port(reference)
+    tensors["embedding.weight"] = tensors["embedding.weight"] + 1
+    path = write(tmp_path, tensors, "safetensors", reference)
+    ours = our_logits(make_config(words, "cot", load_model_path=str(path)), words)
+    np.testing.assert_allclose(ours, torch_logits(reference), rtol=0, atol=1e-5)
+    assert "embedding.weight differs" in capsys.readouterr().err
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    """Neither a bare one nor one inside torch's archive that holds more than tensors."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    (tmp_path / "bare").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"weight": Bomb()}, tmp_path / "checkpoint_1")
+    for name in ("bare", "checkpoint_1"):
+        with pytest.raises(UserError, match=name):
+            read_tensors(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_without_torch_its_files_are_an_error_that_says_what_to_install(reference, tmp_path, monkeypatch):
+    """torch is no dependency of ours."""
+    path = write(tmp_path, LAYOUTS["official cot"](reference), "torch", reference)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="pip install torch"):
+        read_tensors(path)
