@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gpt2 import GPT2
+from loss import cross_entropy
 
 
 class Batch(NamedTuple):
@@ -68,8 +69,7 @@ class Coconut(nn.Module):
         """Mean cross-entropy over the batch's labelled tokens (scalar); logits are computed at those alone."""
         hidden, _ = self.think(batch)
         logits = self.transformer.logits(hidden.reshape(-1, hidden.shape[-1])[batch.predict])  # [N, vocabulary]
-        losses = nn.losses.cross_entropy(logits, batch.targets)
-        return (losses * batch.weights).sum() / batch.weights.sum()
+        return (cross_entropy(logits, batch.targets) * batch.weights).sum() / batch.weights.sum()
 
     def generate(self, batch: Batch, max_new_tokens: int, eos_id: int) -> list[list[int]]:
         """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.
