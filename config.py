@@ -65,6 +65,10 @@ class Config:
     # Data
     train_path: str | None = key("training set (JSON list of question, steps, answer); needed unless only_eval", None)
     val_path: str = key("validation or test set, same format")
+    drop_too_long: bool = key("leave out items longer than the model's positions, instead of stopping there", False)
+    token_cache: str | None = key(
+        "folder that keeps tokenised training sets; default coconut-mlx/tokens in $XDG_CACHE_HOME or ~/.cache", None
+    )
 
     # Training
     num_epochs: int = key("epochs in all, the skipped ones of `resume` included", 1, at_least=1)
@@ -167,10 +171,11 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> Config:
 def usage() -> str:
     """The text of --help: how to call run.py, and every key with type, default and meaning."""
     lines = [
-        "usage: python run.py CONFIG [key=value ...]",
+        "usage: python run.py CONFIG [key=value ...] [--dry-run]",
         "",
         "Train and evaluate Coconut or one of its baselines as CONFIG (a YAML file, see args/) says.",
         "key=value overrides a key of the file, e.g. `python run.py args/gsm_cot.yaml save_path=runs lr=5e-5`.",
+        "--dry-run checks configuration, data and weights, says what the run would do, and writes nothing.",
         "",
         "keys:",
     ]

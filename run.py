@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 import checkpoint as ckpt
 import dataset
+import plan
 from checkpoint import Position, Saved
 from coconut import Coconut
 from config import Config, load_config, usage
@@ -58,8 +59,12 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(usage())
         return 0 if arguments else 2
+    words = [argument for argument in arguments if argument != "--dry-run"]
     try:
-        execute(load_config(arguments[0], arguments[1:]))
+        if not words:
+            raise UserError("a dry run of what? python run.py CONFIG --dry-run")
+        act = execute if words == arguments else show_plan
+        act(load_config(words[0], words[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -97,6 +102,24 @@ def execute(config: Config) -> None:
         else:
             write_text(directory / "config.yaml", config.to_yaml())
             train_through(run)
+
+
+def show_plan(config: Config) -> None:
+    """Check everything and say what would happen; writes nothing."""
+    run = load(config)
+    introduce(run, output_directory(config))
+    if config.only_eval:
+        say(f"plan:  evaluate {len(run.valid):,} items once, at stage {config.stage(config.resume)}")
+        return
+    first_epoch = run.saved.position.epoch if run.saved else config.resume
+    n_steps = run.steps_per_epoch
+    items = config.batch_size_training * config.gradient_accumulation_steps
+    say(f"plan:  {n_steps:,} optimiser steps an epoch, of {items} items each")
+    for line in plan.stage_lines(config, run.train, first_epoch, n_steps):
+        say(line)
+    if first_epoch < config.num_epochs:
+        say(plan.measured_step(config, run.model, run.tokenizer, run.train, first_epoch, n_steps))
+    say("nothing was written")
 
 
 def output_directory(config: Config) -> Path:
