@@ -34,7 +34,7 @@ RECORD = "coconut.json"
 # Keys that may change when a run is taken up again; a change of any other would make it another run.
 FREE_KEYS = {
     "project", "save_path", "name", "num_epochs", "resume", "lr", "weight_decay", "batch_size_eval", "max_new_tokens",
-    "save_only_improve", "save_interval_minutes", "keep_checkpoints", "only_eval", "debug",
+    "save_only_improve", "save_interval_minutes", "keep_checkpoints", "token_cache", "only_eval", "debug",
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ The curriculum is a function from (example, stage) to a sequence, written after 
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,98 +11,62 @@ import numpy as np
 
 from coconut import Batch
 from config import Config
-from examples import Example, read_examples
+from examples import SHOWN, Example, open_source
+from token_data import TokenDataset, TokenExample, tokenise, tokenise_cached
 from tokenizer import Tokenizer
-from utils import Progress, UserError
+from utils import UserError, warn
 
 LABELS_MULTIPLE = 64  # labelled tokens of a batch are rounded up to this, so that shapes repeat
-CHUNK = 4096  # examples tokenised at a time
-
-
-class TokenExample(NamedTuple):
-    """One example as token ids: views into the data set's one array."""
-
-    question: np.ndarray
-    steps: list[np.ndarray]
-    answer: np.ndarray
-
-
-class TokenDataset:
-    """All examples as one flat array of token ids.
-
-    tokens [n_tokens] int32; starts [n_pieces + 1] where each piece begins; firsts [n + 1] the index of each example's
-    first piece. An example's pieces are its question, its steps and its answer.
-    """
-
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, firsts: np.ndarray):
-        self.tokens, self.starts, self.firsts = tokens, starts, firsts
-
-    def __len__(self) -> int:
-        return len(self.firsts) - 1
-
-    def __getitem__(self, index: int) -> TokenExample:
-        first, end = self.firsts[index], self.firsts[index + 1]
-        question, *steps, answer = (self.tokens[a:b] for a, b in self._bounds(first, end))
-        return TokenExample(question, steps, answer)
-
-    def _bounds(self, first: int, end: int):
-        bounds = self.starts[first : end + 1].tolist()
-        return pairwise(bounds)
-
-    @property
-    def n_steps(self) -> np.ndarray:
-        """Number of steps of every example [n]."""
-        return np.diff(self.firsts) - 2
-
-    def lengths_without(self, n_skipped: int) -> np.ndarray:
-        """Tokens of question, steps behind the first n_skipped, and answer of every example [n]."""
-        question_end, answer = self.firsts[:-1] + 1, self.firsts[1:] - 1
-        kept_from = np.minimum(question_end + n_skipped, answer)
-        question = self.starts[question_end] - self.starts[self.firsts[:-1]]
-        return question + self.starts[self.firsts[1:]] - self.starts[kept_from]
-
-    def select(self, indices: np.ndarray) -> "TokenDataset":
-        """The data set of these examples alone."""
-        chosen = [[self.tokens[a:b] for a, b in self._bounds(self.firsts[i], self.firsts[i + 1])] for i in indices]
-        return _assemble(chosen)
 
 
 class Data:
-    """A data set as text and as tokens, checked against the model's number of positions."""
+    """A data set as tokens and, for evaluation, as text, checked against the model's number of positions.
 
-    def __init__(self, path: str, config: Config, tokenizer: Tokenizer, n_positions: int, debug_limit: int):
-        self.examples: list[Example] = read_examples(path, debug_limit if config.debug else None)
-        self.tokens: TokenDataset = tokenise(self.examples, tokenizer, Path(path).name)
-        check_lengths(self.tokens, config, n_positions, path)
+    path: the config's train_path or val_path (see examples.py); debug_limit: the most examples where `debug` is set;
+    keep_texts: whether `examples` is filled, and not only `tokens`. Texts cost 1 GB on GSM8K's training set and reading
+    them costs 5 s, so training goes without, from the token cache. Raises UserError for anything wrong with the data.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        config: Config,
+        tokenizer: Tokenizer,
+        n_positions: int,
+        debug_limit: int,
+        keep_texts: bool = True,
+    ):
+        self.path = path
+        self.examples: list[Example] = []
+        source = open_source(path)
+        if keep_texts or config.debug:
+            self.examples = source.examples(debug_limit if config.debug else None)
+            self.tokens = tokenise(self.examples, tokenizer, Path(path).name)
+        else:
+            self.tokens = tokenise_cached(source, tokenizer, config.token_cache)
+        self.indices = np.arange(len(self.tokens))  # [n] each example's place in the file
+        self._leave_out(too_long(self.tokens, config, n_positions, path))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-
-def tokenise(examples: list[Example], tokenizer: Tokenizer, name: str) -> TokenDataset:
-    """Token ids of every example, by the official get_dataset: a newline ends question and steps, `### ` opens the
-    answer, end of text closes it."""
-    pieces = []
-    with Progress(total=len(examples), desc=f"Tokenising {name}", unit=" items", leave=False) as bar:
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
-            texts = [
-                text for e in chunk for text in (e.question + "\n", *(s + "\n" for s in e.steps), "### " + e.answer)
-            ]
-            encoded = iter(tokenizer.encode_batch(texts))
-            for example in chunk:
-                own = [next(encoded) for _ in range(len(example.steps) + 2)]
-                own[-1].append(tokenizer.eos_id)
-                pieces.append(own)
-            bar.update(len(chunk))
-    return _assemble(pieces)
+    def _leave_out(self, dropped: np.ndarray) -> None:
+        if not len(dropped):
+            return
+        self.indices = np.delete(self.indices, dropped)
+        self.tokens = self.tokens.select(self.indices)
+        if self.examples:
+            self.examples = [self.examples[i] for i in self.indices]
 
 
-def _assemble(pieces: list[list]) -> TokenDataset:
-    firsts = np.cumsum([0] + [len(own) for own in pieces])
-    starts = np.cumsum([0] + [len(piece) for own in pieces for piece in own])
-    tokens = np.fromiter((t for own in pieces for piece in own for t in piece), dtype=np.int32, count=starts[-1])
-    return TokenDataset(tokens, starts, firsts)
+def warn_of_shared_questions(train: Data, valid: Data) -> None:
+    """Warn where validation questions are in the training set too: answers to them may be memory."""
+    shared = valid.indices[valid.tokens.same_questions(train.tokens)]
+    if len(shared):
+        warn(
+            f"{valid.path}: {len(shared):,} of {len(valid):,} questions are in {train.path} too ({_listed(shared)}): "
+            "accuracy on them may be memory and not reasoning"
+        )
 
 
 class Sequence(NamedTuple):
@@ -192,7 +155,7 @@ def prompt_batches(
     data: TokenDataset, config: Config, tokenizer: Tokenizer, stage: int
 ) -> Iterator[tuple[list[int], Batch]]:
     """(item indices, prompts) of the whole set, prompts of like length together."""
-    order = np.argsort(data.starts[data.firsts[:-1] + 1] - data.starts[data.firsts[:-1]], kind="stable")
+    order = np.argsort(data.question_lengths, kind="stable")
     for start in range(0, len(order), config.batch_size_eval):
         chosen = order[start : start + config.batch_size_eval].tolist()
         yield chosen, collate([prompt_sequence(data[i], stage, config, tokenizer) for i in chosen], tokenizer.eos_id)
@@ -203,45 +166,31 @@ def collate(sequences: list[Sequence], pad_id: int, multiple: int = 8) -> Batch:
 
     Rows with latents are shifted right until their first latents stand in one column, others start in column 0.
     """
-    first = max((s.latent_start for s in sequences if s.n_latents), default=0)
-    first = _round_up(first, multiple)
-    shifts = [first - s.latent_start if s.n_latents else 0 for s in sequences]
-    ends = [shift + len(s.ids) for shift, s in zip(shifts, sequences, strict=True)]
-    rows, length = len(sequences), _round_up(max(ends), multiple)
-    n_latents = max(s.n_latents for s in sequences)
-    ids = np.full((rows, length), pad_id, dtype=np.int32)
-    positions = np.zeros((rows, length), dtype=np.int32)
-    real = np.zeros((rows, length), dtype=bool)
-    for row, (s, shift, end) in enumerate(zip(sequences, shifts, ends, strict=True)):
-        ids[row, shift:end] = s.ids
-        positions[row, shift:end] = np.arange(len(s.ids))
-        real[row, shift:end] = True
-    predict, targets, weights = _labels(sequences, shifts, length)
+    lengths = np.array([len(s.ids) for s in sequences])
+    n_latents = np.array([s.n_latents for s in sequences])
+    starts = np.array([s.latent_start for s in sequences])
+    first = _round_up(int(starts[n_latents > 0].max(initial=0)), multiple)
+    shifts = np.where(n_latents > 0, first - starts, 0)
+    ends = shifts + lengths
+    length = _round_up(int(ends.max()), multiple)
+
+    places = np.arange(length) - shifts[:, None]  # [B, T] each column's place in its row's sequence
+    real = (places >= 0) & (places < lengths[:, None])
+    ids = np.full(real.shape, pad_id, dtype=np.int32)
+    ids[real] = np.concatenate([s.ids for s in sequences])
+    labelled = real & (places >= np.array([[s.n_unlabelled] for s in sequences]))
+    targets = ids[labelled]
+    extra = _round_up(len(targets), LABELS_MULTIPLE) - len(targets)
     return Batch(
         ids=ids,
-        positions=positions,
+        positions=np.where(real, places, 0).astype(np.int32),
         real=real,
-        latents=np.arange(n_latents) < np.array([[s.n_latents] for s in sequences]),
-        first_latent=first if n_latents else length,
-        predict=predict,
-        targets=targets,
-        weights=weights,
-        last=np.array(ends, dtype=np.int32) - 1,
-    )
-
-
-def _labels(sequences: list[Sequence], shifts: list[int], length: int):
-    """Where each labelled token is predicted (one column before it), the tokens, and weights 0 for the rounding."""
-    predict = [
-        np.arange(s.n_unlabelled, len(s.ids)) + (row * length + shift - 1)
-        for row, (s, shift) in enumerate(zip(sequences, shifts, strict=True))
-    ]
-    targets = np.concatenate([s.ids[s.n_unlabelled :] for s in sequences])
-    extra = _round_up(len(targets), LABELS_MULTIPLE) - len(targets)
-    return (
-        np.pad(np.concatenate(predict), (0, extra)).astype(np.int32),
-        np.pad(targets, (0, extra)),
-        np.pad(np.ones(len(targets), dtype=np.float32), (0, extra)),
+        latents=np.arange(n_latents.max()) < n_latents[:, None],
+        first_latent=first if n_latents.any() else length,
+        predict=np.pad(np.flatnonzero(labelled) - 1, (0, extra)).astype(np.int32),  # a token is predicted one before
+        targets=np.pad(targets, (0, extra)),
+        weights=np.pad(np.ones(len(targets), dtype=np.float32), (0, extra)),
+        last=(ends - 1).astype(np.int32),
     )
 
 
@@ -249,34 +198,44 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def longest(data: TokenDataset, config: Config, prompts_only: bool = False) -> np.ndarray:
-    """The most positions each example takes in any epoch of the run [n]."""
-    epochs = range(config.resume, config.num_epochs)
-    stages = {config.stage(epoch) for epoch in epochs} or {config.stage(config.resume)}
-    if config.uniform_prob:
-        stages |= set(range(int(data.n_steps.max()) + 1))
+def longest(data: TokenDataset, config: Config) -> np.ndarray:
+    """The most positions each example takes in any epoch of the run [n]; its prompts are never longer."""
+    epochs = [config.resume] if config.only_eval else range(config.resume, config.num_epochs)
+    scheduled = {config.stage(epoch) for epoch in epochs}
+    steps = range(int(data.n_steps.max()) + 1)
+    drawn = set(steps) if config.uniform_prob else set()
     lengths = np.zeros(len(data), dtype=np.int64)
-    for stage in stages:
-        for n_steps in np.unique(data.n_steps):
-            rows = data.n_steps == n_steps
-            dropped, n_latents = training_counts(stage, int(n_steps), config)
-            if prompts_only:
-                dropped, n_latents = int(n_steps), prompt_latents(stage, int(n_steps), config)
-            total = data.lengths_without(dropped)[rows] + n_latents + 2 * config.coconut
-            lengths[rows] = np.maximum(lengths[rows], total)
-    return lengths
+    for stage in scheduled | drawn:
+        table = np.array([training_counts(stage, n_steps, config) for n_steps in steps])
+        dropped, n_latents = table[data.n_steps].T
+        reached = (stage in scheduled) | (data.n_steps >= stage)  # a drawn stage is one of 0..number of steps
+        lengths = np.maximum(lengths, np.where(reached, data.lengths_from(dropped) + n_latents, 0))
+    return data.question_lengths + lengths + 2 * config.coconut
 
 
-def check_lengths(data: TokenDataset, config: Config, n_positions: int, path: str) -> None:
-    """Raise UserError where an example takes more positions than the model has."""
+def too_long(data: TokenDataset, config: Config, n_positions: int, path: str) -> np.ndarray:
+    """Indices of the examples that take more positions than the model has.
+
+    Raises UserError where there are some and the config does not say drop_too_long, or where no other is left.
+    """
     lengths = longest(data, config)
-    too_long = np.flatnonzero(lengths > n_positions)
-    if len(too_long):
-        shown = ", ".join(f"item {i} ({lengths[i]} tokens)" for i in too_long[:10])
-        raise UserError(
-            f"{path}: {len(too_long)} of {len(data)} items are longer than the model's {n_positions} positions: {shown}"
-            + (", ..." if len(too_long) > 10 else "")
-        )
+    found = np.flatnonzero(lengths > n_positions)
+    if not len(found):
+        return found
+    shown = _listed([f"{i} ({lengths[i]:,} tokens)" for i in found[: SHOWN + 1]])
+    fact = f"{len(found):,} of {len(data):,} items are longer than the model's {n_positions:,} positions: {shown}"
+    if not config.drop_too_long:
+        raise UserError(f"{path}: {fact}. `drop_too_long: True` leaves them out, in training and in evaluation")
+    if len(found) == len(data):
+        raise UserError(f"{path}: {fact}; none would be left")
+    warn(f"{path}: LEFT OUT {fact}. What is said of this set is about the other {len(data) - len(found):,}")
+    return found
+
+
+def _listed(items) -> str:
+    """Up to ten items, as "items 3, 5, ..."."""
+    more = ", ..." if len(items) > SHOWN else ""
+    return f"item{'s' * (len(items) > 1)} {', '.join(map(str, items[:SHOWN]))}{more}"
 
 
 def describe_batch(batch: Batch, tokenizer: Tokenizer) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cpu_blas  # noqa: F401  must come before mlx
@@ -77,11 +77,15 @@ def validation_loss(model: Coconut, batches: Iterable[Batch], n_batches: int) ->
 def evaluate(
     model: Coconut,
     examples: list[Example],
+    places: Sequence[int],
     batches: Iterable[tuple[list[int], Batch]],
     config: Config,
     tokenizer: Tokenizer,
 ) -> Evaluation:
-    """Answer every example greedily and judge it; `batches` holds (indices into examples, their prompts)."""
+    """Answer every example greedily and judge it.
+
+    places: each example's index in its file; batches: (indices into examples, their prompts).
+    """
     model.eval()
     judged: dict[int, dict] = {}
     latents: dict[int, int] = {}
@@ -90,7 +94,7 @@ def evaluate(
         for indices, batch in batches:
             outputs = model.generate(batch.to_mlx(), config.answer_limit, tokenizer.eos_id)
             for index, ids, n_latents in zip(indices, outputs, batch.latents.sum(axis=1).tolist(), strict=True):
-                judged[index] = judge(index, examples[index], ids, n_latents, tokenizer)
+                judged[index] = judge(int(places[index]), examples[index], ids, n_latents, tokenizer)
                 latents[index] = n_latents
                 n_correct += judged[index]["correct"]
             mx.clear_cache()

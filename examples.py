@@ -1,16 +1,29 @@
-"""Question / steps / answer items: read from a file and checked before anything is built on them."""
+"""Question / steps / answer items as text: found, read and checked before anything is built on them.
 
+A data set is a JSON list, JSON Lines, either of them gzipped, or what the optional package `datasets` opens: a local
+folder (`FOLDER` or `FOLDER:split`) or a data set of the Hub (`ORG/NAME:split`). The content decides, not the name.
+"""
+
+import gzip
+import hashlib
 import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from tokenizer import END_LATENT, END_OF_TEXT, LATENT, START_LATENT
 from utils import UserError
 
+KEYS = ("question", "answer", "steps")
 SHOWN = 10  # problems listed in one message
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SPECIAL = (END_OF_TEXT, START_LATENT, END_LATENT, LATENT)
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One item of a data set, as text."""
 
     question: str
@@ -18,64 +31,204 @@ class Example:
     answer: str
 
 
-def read_examples(path: str, limit: int | None = None) -> list[Example]:
-    """Read a JSON list of objects with `question`, `answer` (text) and `steps` (list of text); other keys are ignored.
+@dataclass(frozen=True)
+class Source:
+    """A data set that was found and not yet understood: the bytes of a file, or the rows of a `datasets` data set."""
 
-    limit: read no more than this many. Raises UserError that names the file and up to ten bad items with their keys.
-    """
-    items = _read_json(Path(path))
+    path: str
+    content: bytes | list[dict]
+
+    def digest(self) -> str:
+        """Hash of the content: equal digests give equal examples."""
+        content = self.content if isinstance(self.content, bytes) else json.dumps(self.content, default=repr).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def examples(self, limit: int | None = None) -> list[Example]:
+        """The items, no more than `limit`; keys other than question, steps and answer are ignored.
+
+        Raises UserError that names the file and up to ten problems, each with the item's index and key.
+        """
+        items = _parse(self.path, self.content) if isinstance(self.content, bytes) else self.content
+        if not items:
+            raise UserError(f"{self.path}: the list is empty; at least one item is needed")
+        items = items[:limit]
+        found = [f"item {index}: {problem}" for index, item in enumerate(items) for problem in _problems(item)]
+        raise_if_any(found, f"{self.path}: {{}} in {len(items):,} items")
+        return [Example(item["question"], item["steps"], item["answer"]) for item in items]
+
+
+def open_source(path: str) -> Source:
+    """Find a data set, given as the module says. Raises UserError where there is none."""
+    name, _, split = path.partition(":")  # the first colon: a split may be a slice, train[:100]
+    if Path(path).is_dir():
+        return Source(path, _rows(path, None))
+    if name and split and not Path(path).exists() and (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
+        if Path(name).is_file():
+            raise UserError(f"{path}: {name} is a file and has no splits; leave out `:{split}`")
+        return Source(path, _rows(name, split))
+    try:
+        return Source(path, Path(path).read_bytes())
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path}: cannot read the data ({reason}); see README, section Data. A data set of the Hub is written "
+            "ORG/NAME:split"
+        ) from error
+
+
+def read_examples(path: str, limit: int | None = None) -> list[Example]:
+    """Find, read and check a data set in one go; see Source.examples."""
+    return open_source(path).examples(limit)
+
+
+def raise_if_any(problems: list[str], title: str) -> None:
+    """Raise UserError if there are problems: the title with their number put in for {}, then up to ten of them."""
+    if problems:
+        count = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
+        shown = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
+        rest = f"\n  ... and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+        raise UserError(title.format(count) + "\n" + shown + rest)
+
+
+def _parse(path: str, content: bytes) -> list:
+    """The items of a JSON list or of JSON Lines, gzipped or not, as JSON gives them."""
+    text = _decode(path, content)
+    start = text.lstrip()[:1]
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if start == "{":
+        return _parse_lines(path, text)
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        raise UserError(f"{path}: not JSON ({error}){_guess(text)}") from error
     if not isinstance(items, list):
         raise UserError(f"{path}: expected a JSON list of items, found {_kind(items)}")
-    if not items:
-        raise UserError(f"{path}: the list is empty; at least one item is needed")
-    items = items[:limit]
-    problems = [problem for index, item in enumerate(items) for problem in _problems(index, item)]
-    if problems:
-        shown = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
-        rest = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UserError(f"{path}: {len(problems)} problem(s) in {len(items)} items\n{shown}{rest}")
-    return [Example(item["question"], item["steps"], item["answer"]) for item in items]
+    return items
 
 
-def _read_json(path: Path):
+def _decode(path: str, content: bytes) -> str:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the data ({error.strerror}); see README, section Data") from error
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # -sig: a byte-order mark is no part of the text
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file ({error}); fetch or make it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error.msg} in line {error.lineno}, column {error.colno})") from error
 
 
-def _problems(index: int, item) -> list[str]:
+def _parse_lines(path: str, text: str) -> list:
+    """One object a line; blank lines are skipped. Only \\n ends a line: JSON text may hold U+2028 and its like."""
+    items, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                items.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems and _is_json(text):
+        raise UserError(f"{path}: expected a JSON list of items (or one object a line), found one object")
+    raise_if_any(problems, f"{path}: not JSON Lines, {{}}")
+    return items
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _guess(text: str) -> str:
+    """What a file that is not JSON may be instead."""
+    if text.startswith("version https://git-lfs"):
+        return "; this is a Git LFS pointer, not the file itself: `git lfs pull` fetches it"
+    if text.lstrip().startswith("<"):
+        return "; this looks like a page of HTML, not a data set"
+    return "; expected a list of {question, steps, answer} objects, or one such object a line"
+
+
+def _problems(item) -> Iterator[str]:
+    """What is wrong with one item, each problem opening with its key."""
     if not isinstance(item, dict):
-        return [f"item {index}: expected an object, found {_kind(item)}"]
-    found = []
-    for name in ("question", "answer"):
-        value = item.get(name)
-        if name not in item:
-            found.append(f"item {index}: {name} is missing")
-        elif not isinstance(value, str):
-            found.append(f"item {index}: {name} should be text, found {_kind(value)}")
-        elif not value.strip():
-            found.append(f"item {index}: {name} is empty")
-    return found + _step_problems(index, item)
+        yield f"expected an object, found {_kind(item)}"
+        return
+    yield from (f"{key} is missing" for key in KEYS if key not in item)
+    steps = item.get("steps", [])
+    if isinstance(steps, list):
+        yield from _text_problems((f"steps[{i}]", step) for i, step in enumerate(steps))
+    else:
+        hint = "; make it a list, one text for each step" if isinstance(steps, str) else ""
+        yield f"steps should be a list of text, found {_kind(steps)}{hint}"
+    yield from _text_problems((key, item[key]) for key in ("question", "answer") if key in item)
+    yield from _content_problems(item.get("question", "?"), item.get("answer", "?"))
 
 
-def _step_problems(index: int, item: dict) -> list[str]:
-    if "steps" not in item:
-        return [f"item {index}: steps is missing"]
-    steps = item["steps"]
-    if not isinstance(steps, list):
-        return [f"item {index}: steps should be a list of text, found {_kind(steps)}"]
-    return [
-        f"item {index}: step {i} should be text, found {_kind(s)}"
-        for i, s in enumerate(steps)
-        if not isinstance(s, str)
-    ]
+def _text_problems(texts: Iterable[tuple[str, object]]) -> Iterator[str]:
+    """Whatever cannot be turned into tokens faithfully."""
+    for key, text in texts:
+        if not isinstance(text, str):
+            hint = f'; write it as text, "{text}"' if type(text) in (int, float) else ""
+            yield f"{key} should be text, found {_kind(text)}{hint}"
+        elif "<|" in text and (names := [special for special in SPECIAL if special in text]):
+            yield f"{key} holds {' and '.join(names)}, which the model must never meet as text"
+        elif not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
+            yield f"{key} holds half a character, U+{ord(lone[0]):04X} (a lone surrogate), at position {lone.start()}"
+
+
+def _content_problems(question, answer) -> Iterator[str]:
+    """Empty texts, and `#` in an answer: only what stands behind the last one would be compared (official run.py).
+
+    An error and not a warning, because scores would be silently wrong: `C#` is read as nothing and equals `F#`. In a
+    training set too: a model that learns to write `#` in answers is misread in every evaluation.
+    """
+    if isinstance(question, str) and not question.strip():
+        yield "question is empty"
+    if not isinstance(answer, str):
+        return
+    if not answer.replace(",", "").strip():  # commas are left out when answers are compared
+        yield f"answer is empty{' but for commas' if answer.strip() else ''}"
+    elif "#" in answer:
+        yield f"answer holds `#` ({answer!r:.40}), which opens an answer: only the part behind the last # would count"
 
 
 def _kind(value) -> str:
     names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}
-    return names.get(type(value), "null") + (f" ({value!r:.40})" if isinstance(value, (str, int, float)) else "")
+    name = names.get(type(value), "null" if value is None else type(value).__name__)
+    return name + (f" ({value!r:.40})" if isinstance(value, (str, int, float)) else "")
+
+
+def _rows(name: str, split: str | None) -> list[dict]:
+    """The rows of a data set that `datasets` opens, our three columns alone."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{name}: folders and data sets of the Hub need the package datasets: pip install datasets"
+        ) from error
+    try:
+        found = _open_with(datasets, name, split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{name}: the package datasets cannot open it ({' '.join(str(error).split())})") from error
+    if isinstance(found, dict):
+        if len(found) > 1:
+            raise UserError(f"{name}: name one of its splits, as in {name}:{next(iter(found))} ({', '.join(found)})")
+        found = next(iter(found.values()))
+    return found.select_columns([key for key in KEYS if key in found.column_names]).to_list()
+
+
+def _open_with(datasets, name: str, split: str | None):
+    """A Dataset, or where no split is named perhaps a dictionary of them."""
+    folder = Path(name)
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):  # written by save_to_disk
+        found = datasets.load_from_disk(name)
+        if split is None:
+            return found
+        if not isinstance(found, dict):
+            raise ValueError(f"it has no splits; leave out `:{split}`")
+        if split not in found:
+            raise ValueError(f"there is no split {split}; it has {', '.join(found)}")
+        return found[split]
+    return datasets.load_dataset(name, split=split)

@@ -143,7 +143,10 @@ def load(config: Config) -> Run:
         ckpt.check_tokenizer(source.weights, tokenizer)
     n_positions = source.gpt2.n_positions
     valid = Data(config.val_path, config, tokenizer, n_positions, debug_limit=32)
-    train = None if config.only_eval else Data(config.train_path, config, tokenizer, n_positions, debug_limit=5000)
+    train = None
+    if not config.only_eval:
+        train = Data(config.train_path, config, tokenizer, n_positions, debug_limit=5000, keep_texts=False)
+        dataset.warn_of_shared_questions(train, valid)
     return Run(config, source, tokenizer, load_model(source, config, tokenizer), train, valid, saved)
 
 
@@ -300,7 +303,7 @@ def judge(run: Run, metrics: MetricLog, directory: Path, epoch: int, stage: int,
     loss_data = dataset.loss_batches(valid.tokens, config, run.tokenizer, epoch)
     loss = validation_loss(run.model, stop.checked(loss_data), dataset.count_batches(len(valid), config))
     prompts = dataset.prompt_batches(valid.tokens, config, run.tokenizer, stage)
-    result = evaluate(run.model, valid.examples, stop.checked(prompts), config, run.tokenizer)
+    result = evaluate(run.model, valid.examples, valid.indices, stop.checked(prompts), config, run.tokenizer)
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
     metrics.log({

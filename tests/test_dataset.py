@@ -1,0 +1,436 @@
+"""Tokens, curriculum, batches: nothing lost or invented, labels where they belong, for any texts, stage and method."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dataset
+import token_cache
+from config import METHODS, Config
+from dataset import Data, collate, prompt_sequence, training_sequence
+from examples import Example, Source
+from token_data import tokenise
+from tokenizer import Tokenizer
+from utils import UserError
+
+PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=150)
+WORDS = ["What", " is", "<<", ">>", "###", " ", "\n", " +", "é".encode()]  # few words: other texts fall back to bytes
+WORDS = [word if isinstance(word, bytes) else word.encode() for word in WORDS]
+VOCABULARY = [bytes([i]) for i in range(256)]
+TOKENIZER = Tokenizer({token: i for i, token in enumerate(dict.fromkeys(VOCABULARY + WORDS))}, "test")
+
+texts = st.text(max_size=12)
+examples = st.builds(Example, question=texts, steps=st.lists(texts, max_size=5), answer=texts)
+many_examples = st.lists(examples, min_size=1, max_size=6)
+
+
+def make_config(method: str = "coconut", **keys) -> Config:
+    keys = {"save_path": "", "name": "", "val_path": "", "num_epochs": 3, method: True, **keys}
+    return Config(**keys)
+
+
+@st.composite
+def configs(draw) -> Config:
+    return make_config(
+        draw(st.sampled_from(METHODS)),
+        c_thought=draw(st.integers(0, 3)),
+        max_latent_stage=draw(st.integers(0, 4)),
+        pad_latent_to_max=draw(st.booleans()),
+        uniform_prob=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
+        num_epochs=draw(st.integers(1, 7)),
+    )
+
+
+def tokens_of(given_examples: list[Example]):
+    return tokenise(given_examples, TOKENIZER, "test")
+
+
+def texts_of(example: Example) -> list[str]:
+    """What the official get_dataset tokenises, piece by piece."""
+    return [example.question + "\n", *(step + "\n" for step in example.steps), "### " + example.answer]
+
+
+# Tokens
+
+
+@PROPERTY
+@given(many_examples)
+def test_tokens_are_the_texts(given_examples):
+    data = tokens_of(given_examples)
+    assert len(data) == len(given_examples)
+    for found, example in zip((data[i] for i in range(len(data))), given_examples, strict=True):
+        pieces = [found.question, *found.steps, found.answer[:-1]]
+        assert [TOKENIZER.decode(piece.tolist()) for piece in pieces] == texts_of(example)
+        assert found.answer[-1] == TOKENIZER.eos_id
+        assert max(map(max, pieces)) < TOKENIZER.n_words  # no marker comes out of a text
+
+
+@PROPERTY
+@given(many_examples, st.integers(0, 6), st.data())
+def test_lengths_and_selection_agree_with_the_pieces(given_examples, n_dropped, data):
+    whole = tokens_of(given_examples)
+    chosen = data.draw(st.lists(st.integers(0, len(whole) - 1), unique=True))
+    part = whole.select(np.array(chosen, dtype=int))
+    assert len(part) == len(chosen)
+    assert part.n_steps.tolist() == [len(given_examples[i].steps) for i in chosen]
+    assert part.question_lengths.tolist() == [len(whole[i].question) for i in chosen]
+    kept = [[*whole[i].steps[n_dropped:], whole[i].answer] for i in chosen]
+    assert part.lengths_from(n_dropped).tolist() == [sum(map(len, pieces)) for pieces in kept]
+    for row, i in enumerate(chosen):
+        assert np.array_equal(np.concatenate(part[row].steps or [[]]), np.concatenate(whole[i].steps or [[]]))
+
+
+def test_tokenising_in_chunks_changes_nothing(monkeypatch):
+    given_examples = [Example(f"What is {i}?", ["a"] * (i % 4), str(i)) for i in range(11)]
+    whole = tokens_of(given_examples)
+    monkeypatch.setattr("token_data.CHUNK", 3)
+    for name, array in vars(tokens_of(given_examples)).items():
+        assert np.array_equal(array, getattr(whole, name))
+
+
+# Curriculum
+
+
+def split_at_thoughts(sequence, config: Config):
+    """(ids before, thoughts with their markers, ids behind) of a sequence."""
+    n_inserted = sequence.n_latents + 2 if config.coconut else 0
+    start = sequence.latent_start - 1
+    ids = sequence.ids.tolist()
+    return ids[:start], ids[start : start + n_inserted], ids[start + n_inserted :]
+
+
+def expected_thoughts(n_latents: int, config: Config) -> list[int]:
+    if not config.coconut:
+        return []
+    return [TOKENIZER.start_id, *[TOKENIZER.latent_id] * n_latents, TOKENIZER.end_id]
+
+
+def expected_training(stage: int, n_steps: int, config: Config) -> tuple[int, int]:
+    """(steps dropped, latents) as FIDELITY's third point words it."""
+    c_thought = config.c_thought if config.coconut else 0
+    if config.no_cot:
+        return n_steps, 0
+    if stage > config.max_latent_stage:
+        most = config.max_latent_stage
+        return n_steps, c_thought * (most if config.pad_latent_to_max else min(n_steps, most))
+    return min(stage, n_steps), c_thought * stage
+
+
+@PROPERTY
+@given(examples, configs(), st.integers(0, 7))
+def test_a_training_sequence_keeps_its_tokens_and_labels_the_rest(example, config, stage):
+    tokens = tokens_of([example])[0]
+    dropped, n_latents = expected_training(stage, len(example.steps), config)
+    sequence = training_sequence(tokens, stage, config, TOKENIZER)
+    before, thoughts, behind = split_at_thoughts(sequence, config)
+    assert before == tokens.question.tolist()
+    assert thoughts == expected_thoughts(n_latents, config)
+    assert behind == np.concatenate([*tokens.steps[dropped:], tokens.answer]).tolist()
+    assert sequence.n_latents == n_latents
+    assert sequence.n_unlabelled == len(before) + len(thoughts)
+    assert sequence.ids.dtype == np.int32
+
+
+@PROPERTY
+@given(examples, configs(), st.integers(0, 7))
+def test_a_prompt_is_the_question_and_its_thoughts(example, config, stage):
+    tokens = tokens_of([example])[0]
+    most = config.max_latent_stage
+    most = most if config.pad_latent_to_max else min(most, len(example.steps))
+    n_latents = min(stage, most) * (config.c_thought if config.coconut else 0)
+    sequence = prompt_sequence(tokens, stage, config, TOKENIZER)
+    assert split_at_thoughts(sequence, config) == (tokens.question.tolist(), expected_thoughts(n_latents, config), [])
+    assert sequence.n_latents == n_latents
+
+
+@PROPERTY
+@given(many_examples, configs())
+def test_longest_is_the_longest_sequence_of_the_run(given_examples, config):
+    data = tokens_of(given_examples)
+    for index, found in enumerate(dataset.longest(data, config)):
+        stages = {config.stage(epoch) for epoch in range(config.num_epochs)}
+        if config.uniform_prob:
+            stages |= set(range(len(data[index].steps) + 1))
+        trained = [len(training_sequence(data[index], stage, config, TOKENIZER).ids) for stage in stages]
+        prompts = [len(prompt_sequence(data[index], stage, config, TOKENIZER).ids) for stage in stages]
+        assert found == max(trained) > max(prompts)
+
+
+def test_an_evaluation_looks_at_its_own_stage_alone():
+    data = tokens_of([Example("q", ["x" * 40, "y" * 40, "zz"], "a")])
+    config = make_config(c_thought=5, max_latent_stage=9, num_epochs=9, only_eval=True, resume=2)
+    expected = [*"q\n", "start", *["latent"] * 10, "end", *"zz\n", "###", *" a", "end of text"]
+    assert dataset.longest(data, config).tolist() == [len(expected)]
+
+
+def test_a_drawn_stage_takes_no_more_thoughts_than_the_item_has_steps():
+    data = tokens_of([Example("q", [], "a"), Example("q", ["", "", ""], "a")])
+    config = make_config(c_thought=5, max_latent_stage=9, uniform_prob=0.5, num_epochs=1)
+    shortest, longest = dataset.longest(data, config).tolist()
+    assert longest - shortest == 3 * 5
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, {2}), (1.0, {0, 1, 2, 3})])
+def test_uniform_prob_draws_stages_up_to_the_number_of_steps(probability, expected):
+    n_steps = np.array([3] * 200 + [0] * 5)
+    config = make_config(uniform_prob=probability)
+    stages = dataset.item_stages(n_steps, 2, config)
+    assert set(stages[:200]) == expected
+    assert set(stages[200:]) == ({0} if probability else {2})
+    assert np.array_equal(stages, dataset.item_stages(n_steps, 2, config))
+    assert not probability or not np.array_equal(stages, dataset.item_stages(n_steps, 1, config))
+
+
+# Batches
+
+PAD = 999
+
+
+@st.composite
+def sequences(draw):
+    """Rows of a batch, by any method at any stage; ids 0, 1, 2, ... so that none can be mistaken for another."""
+    rows, count = [], 0
+    for _ in range(draw(st.integers(1, 5))):
+        n_question, n_latents, markers = (
+            draw(st.integers(1, 9)),
+            draw(st.sampled_from([0, 0, 1, 2, 5])),
+            draw(st.booleans()),
+        )
+        n_unlabelled = n_question + n_latents + 2 * (markers or n_latents > 0)
+        length = n_unlabelled + draw(st.integers(0, 9))
+        ids = np.arange(count, count + length, dtype=np.int32)
+        rows.append(dataset.Sequence(ids, n_question + 1, n_latents, n_unlabelled))
+        count += length
+    return rows
+
+
+@PROPERTY
+@given(sequences(), st.sampled_from([1, 8, 32]))
+def test_a_batch_holds_every_row_once_with_positions_from_0(rows, multiple):
+    batch = collate(rows, PAD, multiple)
+    assert batch.ids.shape == batch.positions.shape == batch.real.shape
+    assert batch.ids.shape[0] == len(rows)
+    assert batch.ids.shape[1] % multiple == 0
+    assert (batch.ids[~batch.real] == PAD).all()
+    for row, sequence in enumerate(rows):
+        columns = np.flatnonzero(batch.real[row])
+        assert np.array_equal(batch.ids[row, columns], sequence.ids)
+        assert np.array_equal(np.diff(columns), np.ones(len(columns) - 1))  # in one piece
+        assert np.array_equal(batch.positions[row, columns], np.arange(len(sequence.ids)))
+        assert batch.last[row] == columns[-1]
+
+
+@PROPERTY
+@given(sequences(), st.sampled_from([1, 8]))
+def test_first_latents_stand_in_one_column(rows, multiple):
+    batch = collate(rows, PAD, multiple)
+    most = max(s.n_latents for s in rows)
+    assert batch.latents.shape == (len(rows), most)
+    assert batch.latents.sum(axis=1).tolist() == [s.n_latents for s in rows]
+    for row, sequence in enumerate(rows):
+        first = np.flatnonzero(batch.real[row])[0]
+        if sequence.n_latents:
+            assert first + sequence.latent_start == batch.first_latent
+            assert batch.latents[row, : sequence.n_latents].all()
+        else:
+            assert first == 0  # rows without latents are not padded on the left
+    assert batch.first_latent == batch.ids.shape[1] if not most else batch.first_latent % multiple == 0
+
+
+@PROPERTY
+@given(sequences())
+def test_labels_are_the_tokens_behind_the_thoughts_predicted_one_before(rows):
+    batch = collate(rows, PAD)
+    expected = np.concatenate([s.ids[s.n_unlabelled :] for s in rows])
+    count = len(expected)
+    assert np.array_equal(batch.targets[:count], expected)
+    assert np.array_equal(batch.ids.ravel()[batch.predict[:count] + 1], expected)
+    assert batch.real.ravel()[batch.predict[:count]].all()  # from a token of its own, never from padding
+    assert batch.weights.tolist() == [1.0] * count + [0.0] * (len(batch.weights) - count)
+    assert len(batch.predict) == len(batch.targets) == len(batch.weights)
+    assert len(batch.weights) % dataset.LABELS_MULTIPLE == 0
+    assert batch.predict.min(initial=0) >= 0
+    assert batch.predict.max(initial=0) < batch.ids.size
+
+
+def small_set(n: int = 11):
+    return tokens_of([Example(f"What is {i}?" + " is" * (i * 7 % 5), ["a"] * (i % 4), str(i)) for i in range(n)])
+
+
+def questions(batches) -> list[str]:
+    """Every row of some batches as text up to its question mark."""
+    rows = [row for batch in batches for row in zip(batch.ids, batch.real, strict=True)]
+    return [TOKENIZER.decode(ids[real].tolist()).split("?")[0] for ids, real in rows]
+
+
+CURRICULUM = {"c_thought": 2, "max_latent_stage": 2, "batch_size_training": 4, "batch_size_eval": 3}
+
+
+def test_an_epoch_shows_every_item_once_in_a_new_order():
+    data, config = small_set(), make_config(**CURRICULUM)
+    epochs = [questions(dataset.training_batches(data, config, TOKENIZER, epoch)) for epoch in (0, 0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[2]) == sorted(f"What is {i}" for i in range(11))
+    assert epochs[0] == epochs[1] != epochs[2]
+    assert epochs[0] != questions(dataset.training_batches(data, make_config(**CURRICULUM, seed=1), TOKENIZER, 0))
+
+
+@pytest.mark.parametrize("skip", range(5))
+def test_a_resumed_epoch_goes_on_where_it_stopped(skip):
+    data, config = small_set(), make_config(**CURRICULUM, uniform_prob=0.5)
+    whole = list(dataset.training_batches(data, config, TOKENIZER, 1))
+    rest = list(dataset.training_batches(data, config, TOKENIZER, 1, skip))
+    assert dataset.count_batches(len(data), config) == len(whole) == 3
+    assert len(rest) == max(0, 3 - skip)
+    for one, other in zip(whole[skip:], rest, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_validation_loss_goes_through_the_file_in_order():
+    found = questions(dataset.loss_batches(small_set(), make_config(**CURRICULUM), TOKENIZER, 2))
+    assert found == [f"What is {i}" for i in range(11)]
+
+
+def test_prompts_come_with_their_indices_by_length():
+    data = small_set()
+    batches = list(dataset.prompt_batches(data, make_config(**CURRICULUM), TOKENIZER, 1))
+    indices = [index for chosen, _ in batches for index in chosen]
+    assert sorted(indices) == list(range(11))
+    assert questions(batch for _, batch in batches) == [f"What is {i}" for i in indices]
+    lengths = [len(data[i].question) for i in indices]
+    assert lengths == sorted(lengths)
+    assert all(len(chosen) <= 3 and not batch.weights.any() for chosen, batch in batches)
+
+
+def test_a_described_batch_shows_ids_and_labels():
+    data = tokens_of([Example("What", ["a"], "1")])
+    [batch] = dataset.training_batches(data, make_config(**CURRICULUM), TOKENIZER, 1)
+    lines = dataset.describe_batch(batch, TOKENIZER).splitlines()
+    assert lines[-1] == "=" * 40
+    real = [line for line, kept in zip(lines, batch.real[0], strict=False) if kept]
+    what, newline, hashes = (TOKENIZER.encode(text)[0] for text in ("What", "\n", "###"))
+    assert real[:2] == [f"{what} -100 'What'", f"{newline} -100 '\\n'"]
+    assert real[2] == f"{TOKENIZER.start_id} -100 '<|start-latent|>'"
+    assert real[3:5] == [f"{TOKENIZER.latent_id} -100 '<|latent|>'"] * 2
+    assert real[5] == f"{TOKENIZER.end_id} -100 '<|end-latent|>'"
+    assert real[6] == f"{hashes} {hashes} '###'"
+    assert real[-1] == f"{TOKENIZER.eos_id} {TOKENIZER.eos_id} '<|endoftext|>'"
+    padding = [line for line, kept in zip(lines, batch.real[0], strict=False) if not kept]
+    assert set(padding) <= {f"{TOKENIZER.eos_id} -100 '<|endoftext|>'"}
+
+
+# Data: from a path to checked tokens
+
+
+def item(question: str = "What?", steps=("a", "b"), answer: str = "1") -> dict:
+    return {"question": question, "steps": list(steps), "answer": answer}
+
+
+@pytest.fixture
+def open_data(tmp_path, monkeypatch):
+    """Write items and open them as run.py does: open_data(items, name=..., keep_texts=..., **config keys) -> Data."""
+    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 0)
+
+    def call(items, name="data.json", n_positions=100, keep_texts=True, tokenizer=TOKENIZER, **keys) -> Data:
+        (tmp_path / name).write_text(json.dumps(items))
+        config = make_config(**{"token_cache": str(tmp_path / "cache"), **keys})
+        return Data(str(tmp_path / name), config, tokenizer, n_positions, 2, keep_texts)
+
+    return call
+
+
+def test_texts_are_kept_for_evaluation_alone(open_data, tmp_path):
+    items = [item(), item("Who?")]
+    valid = open_data(items)
+    assert valid.examples == [Example("What?", ["a", "b"], "1"), Example("Who?", ["a", "b"], "1")]
+    assert not (tmp_path / "cache").exists()  # the texts are read anyway
+    train = open_data(items, keep_texts=False)
+    assert train.examples == []
+    assert len(train) == len(valid) == 2
+    for name, array in vars(valid.tokens).items():
+        assert np.array_equal(getattr(train.tokens, name), array), name
+
+
+def test_debug_takes_the_first_items_and_no_cache(open_data, tmp_path):
+    for keep_texts in (True, False):
+        assert len(open_data([item()] * 5, debug=True, keep_texts=keep_texts)) == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_cache_knows_content_and_vocabulary(open_data, tmp_path, monkeypatch):
+    """Same content under another name: not read again. Other content or vocabulary: not mistaken for it."""
+    reads = []
+    read = Source.examples
+    monkeypatch.setattr(Source, "examples", lambda self, limit=None: reads.append(self.path) or read(self, limit))
+    other = Tokenizer({token: 255 - i for i, token in enumerate(VOCABULARY)}, "other")
+    first = open_data([item()], keep_texts=False)
+    again = open_data([item()], name="copy.json", keep_texts=False)
+    assert len(reads) == 1
+    assert np.array_equal(first.tokens.tokens, again.tokens.tokens)
+    assert open_data([item(answer="2")], keep_texts=False).tokens[0].answer[-2] == TOKENIZER.encode("2")[0]
+    assert open_data([item()], keep_texts=False, tokenizer=other).tokens[0].question[0] == 255 - ord("W")
+    assert len(reads) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_wrong_items_are_never_cached(open_data, tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="item 1: answer is empty"):
+            open_data([item(), item(answer="")], keep_texts=False)
+    assert not (tmp_path / "cache").exists()
+
+
+LONG = item("W" * 120)
+
+
+def test_items_too_long_for_the_model_are_listed(open_data):
+    expected = (
+        r"data.json: 2 of 3 items are longer than the model's 100 positions: items 0 \(\d+ tokens\), 2 \(\d+ tokens\). "
+        "`drop_too_long: True` leaves them out"
+    )
+    for keep_texts in (True, False, False):  # also from the cache
+        with pytest.raises(UserError, match=expected):
+            open_data([LONG, item(), LONG], keep_texts=keep_texts)
+    with pytest.raises(UserError, match=r"12 of 12 items .* 9 \(\d+ tokens\), \.\.\.\. `drop"):
+        open_data([LONG] * 12)
+
+
+def test_the_limit_counts_every_position(open_data):
+    length = dataset.longest(tokens_of([Example("What?", ["a", "b"], "1")]), make_config()).item()
+    assert len(open_data([item()], n_positions=length)) == 1
+    with pytest.raises(UserError, match=rf"item 0 \({length} tokens\)"):
+        open_data([item()], n_positions=length - 1)
+
+
+@pytest.mark.parametrize("keep_texts", [True, False])
+def test_items_too_long_are_dropped_on_request_and_said(keep_texts, open_data, capsys):
+    data = open_data([LONG, item("Who?"), LONG, item("Why?")], keep_texts=keep_texts, drop_too_long=True)
+    assert len(data) == len(data.tokens) == 2
+    assert data.indices.tolist() == [1, 3]
+    assert [e.question for e in data.examples] == (["Who?", "Why?"] if keep_texts else [])
+    assert [TOKENIZER.decode(data.tokens[i].question.tolist()) for i in range(2)] == ["Who?\n", "Why?\n"]
+    warning = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warning) == 1
+    assert "LEFT OUT 2 of 4 items" in warning[0]
+    assert "items 0 (" in warning[0] and warning[0].endswith("about the other 2")
+
+
+def test_dropping_every_item_is_an_error(open_data):
+    with pytest.raises(UserError, match="none would be left"):
+        open_data([LONG], drop_too_long=True)
+
+
+def test_questions_in_both_sets_are_counted(open_data, capsys):
+    train = open_data([item("a"), item("b", answer="2"), item("c"), item("b c")], name="train.json", keep_texts=False)
+    valid = open_data([LONG, item("d"), item("b"), item("b "), item("c")], name="valid.json", drop_too_long=True)
+    capsys.readouterr()
+    dataset.warn_of_shared_questions(train, valid)
+    error = capsys.readouterr().err
+    assert "valid.json: 2 of 4 questions are in " in error
+    assert "train.json too (items 2, 4): accuracy on them may be memory" in error
+    other = open_data([item("x")], keep_texts=False)
+    capsys.readouterr()
+    dataset.warn_of_shared_questions(other, valid)
+    assert capsys.readouterr().err == ""
