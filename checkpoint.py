@@ -262,7 +262,7 @@ def write_tensors(path: Path, tensors: dict[str, mx.array], header: dict[str, st
 
 def clean(run_dir: Path) -> None:
     """Remove what a killed process left half-written."""
-    for leftover in run_dir.glob(".*.tmp"):
+    for leftover in run_dir.rglob(".*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

@@ -48,10 +48,13 @@ class MetricLog:
         sync(self.path)
         return self.path.stat().st_size, crc32(self.path)
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._file.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish(quiet=True)
+            self.wandb_run.finish(exit_code=int(exception[0] is not None), quiet=True)
 
     def _to_wandb(self, values: dict) -> None:
         if self.wandb_run is None:

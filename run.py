@@ -1,6 +1,7 @@
 """The experiment, top to bottom: `python run.py CONFIG [key=value ...]` trains and evaluates Coconut or a baseline."""
 
 import errno
+import os
 import shlex
 import signal
 import sys
@@ -56,33 +57,46 @@ class Run:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status: 0 success, 1 failure, 2 a mistake of the user's, 128 + signal."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(usage())
-        return 0 if arguments else 2
-    words = [argument for argument in arguments if argument != "--dry-run"]
     try:
-        if not words:
-            raise UserError("a dry run of what? python run.py CONFIG --dry-run")
-        act = execute if words == arguments else show_plan
-        act(load_config(words[0], words[1:]))
+        command(arguments)
+        sys.stdout.flush()
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(f"error: {error}", 2)
+    except BrokenPipeError:  # `python run.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         full = error.errno == errno.ENOSPC
         hint = "; make room and run the same command again, what was saved before is intact" if full else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return 1
+        return fail(f"error: {error}{hint}", 1)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(f"error: {error}", 1)
     except Stopped as stopped:
-        print(f"stopped. To go on: python run.py {shlex.join(arguments)}", file=sys.stderr)
-        return 128 + stopped.signal
+        return fail(f"stopped. To go on: python run.py {shlex.join(arguments)}", 128 + stopped.signal)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        return fail("interrupted", 128 + signal.SIGINT)
+
+
+def fail(message: str, status: int) -> int:
+    """Print a message to stderr; returns the status."""
+    print(message, file=sys.stderr)
+    return status
+
+
+def command(arguments: list[str]) -> None:
+    """Do what the command line says."""
+    words = [argument for argument in arguments if argument != "--dry-run"]
+    if {"-h", "--help"} & set(words):
+        print(usage())
+        return
+    if not words:
+        raise UserError(f"which configuration?\n\n{usage()}")
+    config = load_config(words[0], words[1:])
+    if words == arguments:
+        execute(config)
+    else:
+        show_plan(config)
 
 
 def execute(config: Config) -> None:
@@ -186,11 +200,10 @@ def train_through(run: Run) -> None:
     config = run.config
     optimizer = new_optimizer(run.model, config)
     position = take_up(run, optimizer)
-    metrics = MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config))
-    if position.metrics_bytes:
-        metrics.check(position.metrics_bytes, position.metrics_crc32)
-    metrics.rewind(position.epoch * run.steps_per_epoch + position.step, position.epoch)
-    with StopSignals() as stop:
+    with MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config)) as metrics, StopSignals() as stop:
+        if position.metrics_bytes:
+            metrics.check(position.metrics_bytes, position.metrics_crc32)
+        metrics.rewind(position.epoch * run.steps_per_epoch + position.step, position.epoch)
         for epoch in range(position.epoch, config.num_epochs):
             stage = config.stage(epoch)
             if position.step == 0 and config.resets_optimizer_at(epoch):
@@ -201,7 +214,6 @@ def train_through(run: Run) -> None:
             result = judge(run, metrics, config.run_dir, epoch, stage, stop)
             finish_epoch(run, position, result.accuracy, metrics)
             stop.check()
-    metrics.close()
     say(f"done: {config.run_dir}")
 
 
@@ -290,10 +302,8 @@ def evaluate_only(run: Run, directory: Path) -> None:
     trained_at = ckpt.read_record(weights).get("stage", stage)
     if min(trained_at, config.max_latent_stage) != min(stage, config.max_latent_stage):
         warn(f"{weights} was trained at stage {trained_at}; `resume: {config.resume}` evaluates it at stage {stage}")
-    metrics = MetricLog(directory / "metrics.jsonl", None)
-    with StopSignals() as stop:
+    with MetricLog(directory / "metrics.jsonl", None) as metrics, StopSignals() as stop:
         judge(run, metrics, directory, config.resume, stage, stop)
-    metrics.close()
 
 
 def judge(run: Run, metrics: MetricLog, directory: Path, epoch: int, stage: int, stop: StopSignals) -> Evaluation:

@@ -60,24 +60,36 @@ class Trial:
         assert process.returncode == 0, output
         return time.monotonic() - started
 
-    def kill_until_done(
-        self, longest: float, rng: random.Random, with_signal: int = signal.SIGKILL, most: int = 12
-    ) -> int:
-        """Start and kill after a random time, again and again; after `most` kills let it end. Returns the kills."""
-        kills = 0
-        while kills < most:
+    def kill_until_done(self, longest: float, rng: random.Random, most: int = 12) -> list[str]:
+        """Start and kill after a random time, again and again; after `most` kills let it end.
+
+        Returns what the run was at when each kill hit it.
+        """
+        kills = []
+        while len(kills) < most:
             process = self.start()
             try:
-                output, _ = process.communicate(timeout=rng.uniform(0.3, longest))
+                output, _ = process.communicate(timeout=rng.uniform(0.05, 0.95 * longest))
                 assert process.returncode == 0, output
                 return kills
             except subprocess.TimeoutExpired:
-                process.send_signal(with_signal)
+                process.kill()
                 output, _ = process.communicate(timeout=60)
-                assert process.returncode in (0, -with_signal, 128 + with_signal), output
-                kills += process.returncode != 0
+                if process.returncode == -signal.SIGKILL:
+                    kills.append(self.phase(output))
         self.finish()
         return kills
+
+    def phase(self, output: str) -> str:
+        """What a killed run was at: preparing (start, data, model), writing a folder, validating, or at its steps."""
+        if "files:" not in output:
+            return "preparing"
+        if list(self.run_dir.glob(".*.tmp")):
+            return "writing"
+        states = [json.loads((p / "coconut.json").read_bytes()) for p in self.run_dir.glob("state_*")]
+        newest = max(states, key=lambda s: (s["epoch"], s["position"]["step"]), default=None)
+        between = newest is not None and newest["position"]["epoch"] < newest["epoch"]  # trained, not yet validated
+        return "validating" if between else "at its steps"
 
     def contents(self) -> dict[str, object]:
         """Everything that must be equal: tensors, metrics, predictions, and the set of files."""
@@ -115,18 +127,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, total, bad = random.Random(options.seed), 0, 0
-    print(f"{'setting':20} {'runs':>4} {'kills':>5}  different")
+    phases = ("preparing", "at its steps", "writing", "validating")
+    print(f"{'setting':20} {'runs':>4} " + " ".join(f"{phase:>12}" for phase in phases) + "  different")
     for name, keys in SETTINGS.items():
         base = options.folder / re.sub(r"\W", "_", name)
         whole = Trial(base / "whole", keys)
         longest = whole.finish()
-        kills, differing = 0, []
+        kills, differing = [], []
         for number in range(options.rounds):
             trial = Trial(base / f"killed_{number}", keys)
             kills += trial.kill_until_done(longest, rng)
             differing += differences(whole, trial)
-        total, bad = total + kills, bad + len(differing)
-        print(f"{name:20} {options.rounds:>4} {kills:>5}  {', '.join(differing) or 'nothing'}", flush=True)
+        total, bad = total + len(kills), bad + len(differing)
+        counts = " ".join(f"{kills.count(phase):>12}" for phase in phases)
+        print(f"{name:20} {options.rounds:>4} {counts}  {', '.join(differing) or 'nothing'}", flush=True)
     print(f"{total} kills, {bad} differences")
     return 1 if bad else 0
 

@@ -1,0 +1,72 @@
+"""The shipped configurations load, start from GPT-2, and name only data and runs that a shipped command makes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("demo_"))
+NAMES = (
+    "gsm_cot gsm_coconut gsm_coconut_eval gsm_no_cot gsm_no_thoughts prontoqa_coconut prontoqa_coconut_eval "
+    "prontoqa_no_cot prontoqa_no_thoughts prosqa_cot prosqa_cot_eval prosqa_coconut prosqa_coconut_eval prosqa_no_cot "
+    "prosqa_no_thoughts"
+).split()
+# What the official YAML files hold (facebookresearch/coconut, args/): c_thought, epochs_per_stage, max_latent_stage,
+# num_epochs, resume, reset_optimizer.
+OFFICIAL = {
+    "gsm_cot": (0, 1, 0, 25, 0, False),
+    "gsm_coconut": (2, 3, 3, 25, 3, True),
+    "gsm_coconut_eval": (2, 3, 3, 25, 15, True),
+    "prontoqa_coconut": (1, 5, 6, 50, 0, True),
+    "prontoqa_coconut_eval": (1, 5, 6, 50, 40, True),
+    "prosqa_coconut": (1, 5, 6, 50, 0, True),
+    "prosqa_coconut_eval": (1, 5, 6, 50, 40, True),
+}
+
+
+def test_every_configuration_is_there():
+    assert sorted(path.stem for path in PAPER) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_it_loads_with_the_papers_batch_from_gpt2(path):
+    config = load_config(str(path))
+    assert config.batch_size_training * config.gradient_accumulation_steps == 128
+    assert config.model_id == "openai-community/gpt2"
+    assert (config.lr, config.weight_decay, config.seed, config.bf16) == (1e-4, 0.01, 0, False)
+    assert config.name == path.stem.replace("_", "-")
+    assert config.only_eval == path.stem.endswith("_eval")
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_it_has_the_official_values(name):
+    c = load_config(str(ROOT / "args" / f"{name}.yaml"))
+    found = (c.c_thought, c.epochs_per_stage, c.max_latent_stage, c.num_epochs, c.resume, c.reset_optimizer)
+    assert found == OFFICIAL[name]
+    assert c.pad_latent_to_max and c.uniform_prob == 0
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_its_data_and_checkpoint_are_made_by_shipped_commands(path):
+    """Data files appear in a preprocessing script; a checkpoint is the run directory of another configuration."""
+    config = load_config(str(path))
+    scripts = "".join(p.read_text() for p in (ROOT / "preprocessing").glob("*") if p.suffix in (".txt", ".bash", ".py"))
+    for file in (config.train_path, config.val_path):
+        assert re.fullmatch(r"data/\w+_(train|valid|test)\.json", file)
+        assert Path(file).name in scripts
+    if config.load_model_path:
+        others = {str(load_config(str(p)).run_dir) for p in PAPER if not load_config(str(p)).only_eval}
+        assert config.load_model_path in others
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_its_first_lines_say_how_to_run_it_and_what_to_expect(path):
+    head = path.read_text().split("\n\n")[0]
+    assert f"python run.py args/{path.name}" in head
+    assert "# First: bash preprocessing/" in head
+    assert re.search(r"# Paper \(GPT-2, test set\): \d+\.\d ± \d+\.\d %", head)
+    for command in re.findall(r"(?:bash|python) (\S+)", head):
+        assert (ROOT / command).is_file()
