@@ -35,7 +35,7 @@ class Config:
     project: str = key("project name in wandb", "coconut")
     only_eval: bool = key("load a model and evaluate it once on val_path; no training", False)
     debug: bool = key("first 5,000 training and 32 validation items, no wandb, no checkpoints", False)
-    seed: int = key("seed of shuffling, dropout and fresh weights", 0, at_least=0)
+    seed: int = key("seed of shuffling, dropout and fresh weights", 0, at_least=0, at_most=2**32 - 1)
 
     # Method: exactly one of the four is True
     coconut: bool = key("method: continuous thoughts", False)
@@ -193,7 +193,7 @@ def _read_yaml(path: str) -> dict:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); a YAML file is expected") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # `!!float "1x"` is a ValueError
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {_describe(content)}")
@@ -209,7 +209,7 @@ def _read_overrides(overrides: typing.Sequence[str], problems: list[str]) -> dic
             continue
         try:
             values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             values[name] = value
     return values
 
@@ -256,7 +256,7 @@ def _as_float(value) -> float | None:
     """PyYAML reads `1e-4` as a string, because YAML 1.1 wants a dot: such strings are numbers here."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

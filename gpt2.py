@@ -39,10 +39,7 @@ class GPT2Config:
         config = cls(**{name: value for name, value in values.items() if name in names})
         if values.get("model_type", "gpt2") != "gpt2":
             raise ValueError(f"model_type: expected gpt2, found {values['model_type']}")
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            value = getattr(config, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+        _check_numbers(config)
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         if config.activation_function != "gelu_new":
@@ -57,6 +54,17 @@ class GPT2Config:
         eos = min(self.vocab_size - 1, 50_256)
         fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
         return fixed | dataclasses.asdict(self)
+
+
+def _check_numbers(config: GPT2Config) -> None:
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+        value = getattr(config, name)
+        if not (isinstance(value, int) and value >= 1) and not (name == "n_inner" and value is None):
+            raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"{name}: expected a number from 0 to below 1, found {value!r}")
 
 
 class Conv1D(nn.Module):

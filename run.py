@@ -138,6 +138,9 @@ def show_plan(config: Config) -> None:
 
 def output_directory(config: Config) -> Path:
     """save_path/name; an evaluation under the name of a training run writes into only_eval/ inside it."""
+    for folder in (config.run_dir, *config.run_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
     if config.only_eval and config.run_dir.is_dir() and ckpt.holds_training(config.run_dir):
         return config.run_dir / "only_eval"
     return config.run_dir

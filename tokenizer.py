@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from utils import UserError
 
@@ -56,10 +55,6 @@ class Tokenizer:
     def prototype_id(self) -> int | None:
         """Id of `<<`, whose embedding the markers start from (official run.py), where the vocabulary has it."""
         return self.ranks.get(b"<<")
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; special tokens spelled out in a text are plain text."""
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=2)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text; special tokens spelled out in it are plain text."""
@@ -104,8 +99,10 @@ def _named_ranks(path: Path) -> Ranks:
 
 
 def _tiktoken_ranks(path: Path) -> Ranks:
+    # not tiktoken's own loader: that keeps what it once read under a path, even if the file has changed
     try:
-        ranks = load_tiktoken_bpe(str(path))
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, OSError) as error:
         raise UserError(
             f"tokenizer: {path} is not a tiktoken file ({error}); expected a base64 token and a rank per line"
@@ -167,15 +164,17 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 def _checked(ranks: Ranks, path: Path) -> Ranks:
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: the vocabulary's ids are not 0 to {len(ranks) - 1} without gaps; the file is damaged")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path}: the vocabulary lacks some of the 256 single bytes; the file is damaged")
     return ranks
 
 
 def _gpt2_tokenizer() -> Tokenizer:
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks, "tiktoken")
-    except OSError:  # requests' errors are OSErrors: no network, and nothing in tiktoken's cache
+    except (OSError, ValueError):  # no network and nothing in tiktoken's cache, or a portal's page in its place
         pass
     whisper = importlib.util.find_spec("mlx_whisper")
     if whisper and whisper.submodule_search_locations:

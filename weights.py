@@ -47,6 +47,8 @@ def find_source(config: Config, checkpoint: Path | None = None) -> Source:
     named = checkpoint or (Path(config.load_model_path) if config.load_model_path else None)
     if named is not None and not named.exists():
         raise UserError(f"load_model_path: {named} does not exist")
+    if config.model_config_path and not Path(config.model_config_path).exists():
+        raise UserError(f"model_config_path: {config.model_config_path} does not exist")
     beside = named if named is None or named.is_dir() else named.parent
     shape = next((f for f in (beside, config.model_config_path) if f and _config_file(Path(f)).is_file()), None)
     folder = None
@@ -236,6 +238,8 @@ def _read_torch(path: Path) -> Tensors:
 
 def _with_markers(embedding: mx.array, config: Config, tokenizer: Tokenizer, source: Source) -> mx.array:
     """The token embedding with a row for every token the method uses (official run.py)."""
+    if embedding.ndim != 2:
+        raise UserError(f"{source}: transformer.wte.weight has shape {embedding.shape}, expected [vocabulary, n_embd]")
     rows, without, complete = embedding.shape[0], tokenizer.eos_id + 1, tokenizer.vocab_size
     if rows >= complete or (rows == without and not config.coconut):
         return embedding
