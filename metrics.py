@@ -54,7 +54,7 @@ class MetricLog:
     def __exit__(self, *exception) -> None:
         self._file.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=int(exception[0] is not None), quiet=True)
+            self.wandb_run.finish(exit_code=int(exception[0] is not None))
 
     def _to_wandb(self, values: dict) -> None:
         if self.wandb_run is None:

@@ -413,7 +413,7 @@ def test_items_too_long_are_dropped_on_request_and_said(keep_texts, open_data, c
     assert [TOKENIZER.decode(data.tokens[i].question.tolist()) for i in range(2)] == ["Who?\n", "Why?\n"]
     warning = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warning) == 1
-    assert "LEFT OUT 2 of 4 items" in warning[0]
+    assert "LEFT OUT, because too long: 2 of 4 items" in warning[0]
     assert "items 0 (" in warning[0] and warning[0].endswith("about the other 2")
 
 
