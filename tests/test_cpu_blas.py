@@ -1,4 +1,5 @@
 """cpu_blas acts once per process, so each test looks at processes of its own."""
+
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ OURS = "(scipy-openblas32), "
 STDLIB = "import contextlib, ctypes, os, shutil, subprocess, sys, tempfile, pathlib; from importlib import metadata\n"
 IMPORT = "import cpu_blas; print(cpu_blas.describe())\n"
 MAPPED = "print([line for line in open('/proc/self/maps') if 'openblas' in line and 'numpy' not in line])\n"
-HIDE = STDLIB + """
+HIDE = (
+    STDLIB
+    + """
 hidden = %r
 real = metadata.distribution
 def distribution(name):
@@ -26,14 +29,24 @@ def distribution(name):
     return real(name)
 metadata.distribution = distribution
 """
+)
 
 
 def start(code, cache, **environment):
-    kept = {key: value for key, value in os.environ.items()
-            if key not in ("COCONUT_BLAS", "LD_PRELOAD", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("COCONUT_BLAS", "LD_PRELOAD", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+    }
     environment = {**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), **environment}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run(code, cache, **environment):
@@ -122,9 +135,15 @@ def test_system_library_comes_before_the_wheel(cache, copy, tmp_path):
     assert "(libopenblas.so.0)" in out and not (tmp_path / "unused").exists()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda whole: b"", lambda whole: b"text" * 99, lambda whole: whole[:len(whole) // 2],
-    lambda whole: b"x" * 5000 + whole[5000:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"text" * 99,
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"x" * 5000 + whole[5000:],
+    ],
+)
 def test_damaged_copy_is_made_anew(cache, copy, damage):
     whole = copy.read_bytes()
     copy.write_bytes(damage(whole))
@@ -141,13 +160,16 @@ def test_processes_at_once_with_an_empty_cache(cache, tmp_path):
 
 def test_copy_gets_its_name_only_when_whole(cache, tmp_path):
     """The race itself is too rare to be seen: ten processes at once do not show it when this order is broken."""
-    watch = STDLIB + """
+    watch = (
+        STDLIB
+        + """
 real = os.replace
 def replace(new, copy):
     print(os.path.exists(copy), open(new, "rb").read().endswith(b"complete\\n"))
     real(new, copy)
 os.replace = replace
 """
+    )
     assert run(watch + IMPORT, tmp_path)[0].startswith("False True\nOpenBLAS")
 
 
@@ -213,8 +235,9 @@ def test_threads(cache):
         assert run(show, cache, OMP_NUM_THREADS="2")[0].endswith(", 2 threads\nNone\n")
 
 
-@pytest.mark.parametrize("limit, threads", [
-    ("max 100000", 4), ("400000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), (None, 4)])
+@pytest.mark.parametrize(
+    "limit, threads", [("max 100000", 4), ("400000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), (None, 4)]
+)
 def test_default_threads_are_half_of_the_cores_allowed(monkeypatch, tmp_path, limit, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     if limit:

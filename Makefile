@@ -1,0 +1,56 @@
+# make demo   from a bare machine to a trained, compared and drawn model (about 8 minutes; says so first)
+# make test   from a bare machine to the whole test suite
+#
+# Both make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time
+# that takes no time. Linux with an NVIDIA card: make demo CUDA=1. ORACLE=1 adds PyTorch and transformers, which some
+# tests compare with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime-$(if $(CUDA),cuda,default)
+DEVELOPMENT := $(VENV)/.development
+COMPARISON := $(VENV)/.comparison
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: help demo demo-quick test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+demo: $(RUNTIME)
+	$(BIN)/python demo.py
+
+demo-quick: $(RUNTIME)
+	$(BIN)/python demo.py --quick
+
+test: $(DEVELOPMENT) $(if $(ORACLE),$(COMPARISON))
+	$(BIN)/python -m pytest
+
+lint: $(DEVELOPMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed; $$($(PYTHON) --version 2>&1) was found. Name another: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module (on Debian and Ubuntu: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
+
+$(RUNTIME): requirements.txt | $(BIN)/python
+	@echo "installing into $(VENV)"
+	sed 's/mlx\[cpu\]/mlx[$(if $(CUDA),cuda13,cpu)]/' requirements.txt > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt
+	@touch $@
+
+# mlx-whisper carries GPT-2's vocabulary: with it the tests need no download from a model host.
+$(DEVELOPMENT): $(RUNTIME) requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps mlx-whisper==0.4.3
+	@touch $@
+
+$(COMPARISON): $(DEVELOPMENT) requirements-oracle.txt
+	$(PIP) -r requirements-oracle.txt
+	@touch $@

@@ -1,0 +1,154 @@
+"""Fixtures of all tests. Nothing here needs the network, a display, or a folder outside the repository and tmp_path."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="disabled")
+
+import cpu_blas  # noqa: E402, F401  before mlx
+import mlx.core as mx  # noqa: E402
+
+import run as run_module  # noqa: E402
+from tokenizer import dump_tiktoken, load_tokenizer  # noqa: E402
+
+
+class Outcome(NamedTuple):
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of numbers computed with the official code; see its README."""
+    return FIXTURES / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden, tmp_path_factory) -> Path:
+    """The golden tiny GPT-2 as a complete model folder.
+
+    A filter on `attn.bias` (the mask buffer) dropped `attn.c_attn.bias` from the golden file. The model is a fresh one
+    of transformers, where every bias is zero, so zeros are what the official code computed with.
+    """
+    folder = tmp_path_factory.mktemp("golden_model")
+    shape = json.loads((golden / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape))
+    tensors = mx.load(str(golden / "model.safetensors"))
+    for layer in range(shape["n_layer"]):
+        tensors.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", mx.zeros(3 * shape["n_embd"]))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """GPT-2's tokenizer, from mlx-whisper's copy where that is installed (no network), else as the program finds it."""
+    whisper = importlib.util.find_spec("mlx_whisper")
+    copy = Path(whisper.submodule_search_locations[0]) / "assets" / "gpt2.tiktoken" if whisper else None
+    return load_tokenizer(str(copy) if copy and copy.is_file() else None)
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary(tokenizer, tmp_path_factory) -> Path:
+    """GPT-2's vocabulary as a file that the key `tokenizer` can name."""
+    path = tmp_path_factory.mktemp("vocabulary") / "gpt2.tiktoken"
+    path.write_bytes(dump_tiktoken(tokenizer.ranks))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    """Run `python run.py ARGUMENTS` in a process of its own: run_cli(*arguments, cwd=None) -> Outcome."""
+
+    def call(*arguments, cwd=None) -> Outcome:
+        command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=120, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def call_main():
+    """Run the same command line in this process, which saves the start: call_main(*arguments) -> Outcome."""
+
+    def call(*arguments) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = run_module.main([str(argument) for argument in arguments])
+        return Outcome(status, out.getvalue(), err.getvalue())
+
+    return call
+
+
+TINY_MODEL = {"model_type": "gpt2", "n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2}
+
+
+def tiny_item(a: int, b: int, n_steps: int = 2) -> dict:
+    """A sum in `n_steps` steps; about 15 + 8 n_steps tokens in the tiny vocabulary."""
+    steps = [f"<<{a}+{b}={a + b}>>" for _ in range(n_steps)]
+    return {"question": f"What is {a} plus {b}?", "steps": steps, "answer": str(a + b)}
+
+
+class Tiny:
+    """A folder with everything a run of seconds needs: model config, word list, data, and a YAML file to break."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.runs = folder, folder / "runs"
+        self.model, self.words = self.write("model.json", TINY_MODEL), self.write("words.json", ["<<", ">>", "###"])
+        self.train = self.write("train.json", [tiny_item(a, 3, a % 4) for a in range(1, 9)])
+        self.valid = self.write("valid.json", [tiny_item(a, 2, a % 4) for a in range(1, 5)])
+
+    def write(self, name: str, content) -> Path:
+        """A file of the folder: text and bytes as they are, anything else as JSON."""
+        path = self.folder / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return path
+
+    def keys(self, **changes) -> dict:
+        """The keys of a small coconut run, changed; a change to `...` leaves the key out."""
+        keys = {
+            "save_path": self.runs, "name": "tiny", "coconut": True, "c_thought": 1, "epochs_per_stage": 1,
+            "max_latent_stage": 2, "model_config_path": self.model, "tokenizer": self.words, "train_path": self.train,
+            "val_path": self.valid, "num_epochs": 2, "batch_size_training": 4, "max_new_tokens": 8, "lr": 1e-3,
+        }  # fmt: skip
+        keys = {name: value for name, value in {**keys, **changes}.items() if value is not ...}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in keys.items()}
+
+    def config(self, file: str = "tiny.yaml", **changes) -> Path:
+        """That configuration as a YAML file."""
+        return self.write(file, yaml.safe_dump(self.keys(**changes)))
+
+    def records(self, name: str = "tiny") -> list[dict]:
+        """The lines of a run's metrics.jsonl."""
+        return [json.loads(line) for line in (self.runs / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Tiny:
+    """A fresh Tiny in the test's own folder."""
+    return Tiny(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_tiny(tmp_path_factory) -> Tiny:
+    """A Tiny for all tests of a module that do not change it."""
+    return Tiny(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,274 @@
+"""The configuration: official spellings, precedence, problems reported at once, derived values, and help."""
+
+import dataclasses
+
+import pytest
+
+from config import FIELDS, METHODS, Config, load_config, usage
+from utils import UserError
+
+OFFICIAL_TRAIN = """
+# the official repository's own spelling (args/gsm_coconut.yaml)
+project: coconut
+save_path: /somewhere
+name: gsm-coconut
+
+only_eval: False
+
+coconut: True
+cot: False
+no_thoughts: False
+no_cot: False
+
+c_thought: 2
+epochs_per_stage: 3
+max_latent_stage: 3
+pad_latent_to_max: True
+
+save_only_improve: False
+uniform_prob: 0.0
+model_id: openai-community/gpt2
+load_model_path: checkpoints/gsm-cot/checkpoint_6
+seed: 0
+resume: 3
+bf16: False
+train_path: data/gsm_train.json
+val_path: data/gsm_valid.json
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 25
+lr: !!float "1e-4"
+weight_decay: !!float "0.01"
+"""
+OFFICIAL_COT = """
+save_path: /somewhere
+name: gsm-cot
+cot: True
+load_model_path: None
+model_id: openai-community/gpt2
+train_path: data/gsm_train.json
+val_path: data/gsm_valid.json
+num_epochs: 25
+lr: !!float "1e-4"
+"""
+OLDER_PORT = """
+# the older MLX port's spelling: no model_id, a model_config_path, 1e-4 without a dot
+project: "coconut"
+save_path: "./checkpoints"
+name: "prosqa-coconut"
+coconut: true
+c_thought: 1
+epochs_per_stage: 5
+max_latent_stage: 6
+load_model_path: "None"
+model_config_path: "args/gpt2.json"
+train_path: "data/prosqa_train.json"
+val_path: "data/prosqa_valid.json"
+num_epochs: 50
+lr: 1e-4
+weight_decay: 1e-2
+reset_optimizer: true
+"""
+SMALL = "save_path: runs\nname: a\ncot: True\nmodel_id: gpt2\ntrain_path: t.json\nval_path: v.json\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(text, *overrides): the configuration of a YAML text."""
+
+    def call(text, *overrides) -> Config:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(str(path), overrides)
+
+    return call
+
+
+def problems_of(load, text, *overrides) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    title, *problems = str(caught.value).split("\n")
+    assert "config.yaml" in title
+    assert all(problem.startswith("  - ") for problem in problems)
+    return [problem[4:] for problem in problems]
+
+
+def test_official_yaml_loads_as_it_is(load):
+    config = load(OFFICIAL_TRAIN)
+    assert (config.lr, config.weight_decay) == (1e-4, 0.01)
+    assert (config.method, config.c_thought, config.resume, config.num_epochs) == ("coconut", 2, 3, 25)
+    assert config.reset_optimizer is True
+    assert config.load_model_path == "checkpoints/gsm-cot/checkpoint_6"
+
+
+def test_none_as_a_word_is_none(load):
+    assert load(OFFICIAL_COT).load_model_path is None
+    assert load(OFFICIAL_COT, "load_model_path=x").load_model_path == "x"
+    assert load(SMALL, "tokenizer=None").tokenizer is None
+    assert load(SMALL, "tokenizer=null").tokenizer is None
+    assert load(SMALL, "max_new_tokens=").max_new_tokens is None
+
+
+def test_older_ports_yaml_loads_as_it_is(load):
+    config = load(OLDER_PORT)
+    assert config.model_id is None
+    assert config.load_model_path is None
+    assert config.model_config_path == "args/gpt2.json"
+    assert (config.lr, config.weight_decay) == (1e-4, 1e-2)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", '"1e-4"', '!!float "1e-4"', "1E-4"])
+def test_every_spelling_of_a_number(load, text):
+    assert load(SMALL + f"lr: {text}\n").lr == 1e-4
+    assert load(SMALL, f"lr={text}").lr == 1e-4
+
+
+def test_byte_order_mark_and_windows_lines_are_fine(load):
+    assert load("\ufeff" + SMALL.replace("\n", "\r\n")) == load(SMALL)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(load):
+    assert load(SMALL).seed == 0
+    assert load(SMALL + "seed: 1\n").seed == 1
+    assert load(SMALL + "seed: 1\n", "seed=2").seed == 2
+    assert load(SMALL, "seed=2", "seed=3").seed == 3
+    assert load(SMALL, "name=a=b").name == "a=b"
+    assert load(SMALL, "cot=False", "coconut=True").method == "coconut"
+
+
+def test_all_problems_are_reported_at_once(load):
+    text = "save_path: YOUR_PATH_TO_SAVE\ncoconut: True\ncot: True\nlr: fast\nseed: -1\nbatchsize: 3\nbf16: 1\n"
+    found = problems_of(load, text, "num_epochs")
+    assert [problem.split(":")[0] for problem in found] == [
+        "'num_epochs' on the command line",
+        "lr",
+        "seed",
+        "batchsize",
+        "bf16",
+        "name",
+        "val_path",
+        "save_path",
+        "method",
+        "train_path",
+        "model",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("epoch_per_stage: 3", "epoch_per_stage: unknown key; did you mean epochs_per_stage?"),
+        ("learning_speed: 3", "learning_speed: unknown key; `python run.py --help` lists the keys"),
+        ("seed: -1", "seed: expected at least 0, found -1"),
+        ("uniform_prob: 1.5", "uniform_prob: expected at most 1, found 1.5"),
+        ("batch_size_training: 0", "batch_size_training: expected at least 1, found 0"),
+        ("num_epochs: 2.5", "num_epochs: expected a whole number, found 2.5 (float)"),
+        ("seed: true", "seed: expected a whole number, found True (bool)"),
+        ("debug: 1", "debug: expected True or False, found 1 (int)"),
+        ("debug: maybe", "debug: expected True or False, found 'maybe' (str)"),
+        ("lr: .nan", "lr: expected a number, found nan (float)"),
+        ("lr: None", "lr: expected a number, found nothing (None)"),
+        ("lr: [1]", "lr: expected a number, found [1] (list)"),
+        ("name: {a: 1}", "name: expected text, found {'a': 1} (dict)"),
+        ("reset_optimizer: never", "reset_optimizer: expected True or False or `stage`, found 'never' (str)"),
+        ("no_cot: True", "expected exactly one of coconut, cot, no_cot, no_thoughts to be True, found cot and no_cot"),
+        ("cot: False", "expected exactly one of coconut, cot, no_cot, no_thoughts to be True, found none"),
+        ("val_path: YOUR_PATH/x.json", "val_path: still the placeholder 'YOUR_PATH/x.json'; put your own path there"),
+        ("train_path: None", "train_path: missing; needed unless only_eval is True"),
+        ("model_id: None", "model: name model_id, load_model_path or model_config_path"),
+        ("resume: 1", "resume: 1 leaves nothing to train, because num_epochs is 1"),
+    ],
+)
+def test_one_problem_is_one_line_that_names_the_key(load, line, expected):
+    [problem] = problems_of(load, SMALL, line.replace(": ", "=", 1))
+    assert problem.endswith(expected)
+
+
+def test_only_eval_needs_weights_but_no_training_data(load):
+    text = SMALL + "only_eval: True\ntrain_path: None\nresume: 7\n"
+    assert load(text).train_path is None
+    fresh = text + "model_id: None\nmodel_config_path: gpt2.json\n"
+    [problem] = problems_of(load, fresh)
+    assert problem == "only_eval: nothing to evaluate; name a checkpoint with load_model_path"
+    assert load(fresh, "load_model_path=checkpoint_3").only_eval
+
+
+def test_every_key_has_type_default_and_meaning_in_help():
+    text = usage()
+    keys = dict(zip(text.splitlines()[6:], text.splitlines()[7:], strict=False))
+    shown = {
+        line.split()[0]: (line, meaning) for line, meaning in keys.items() if line.startswith("  ") and line[2] != " "
+    }
+    assert list(shown) == [field.name for field in dataclasses.fields(Config)]
+    for name, (line, meaning) in shown.items():
+        assert len(meaning.strip()) > 10, name
+        assert "required" in line or f"default {FIELDS[name].default})" in line
+
+
+def test_official_keys_are_all_there():
+    """The issue's list."""
+    official = """project save_path name only_eval coconut cot no_thoughts no_cot c_thought epochs_per_stage
+        max_latent_stage pad_latent_to_max save_only_improve uniform_prob model_id load_model_path model_config_path
+        seed resume bf16 train_path val_path reset_optimizer batch_size_training debug gradient_accumulation_steps
+        num_epochs lr weight_decay tokenizer max_new_tokens batch_size_eval"""
+    assert set(official.split()) <= set(FIELDS)
+
+
+def test_a_config_cannot_be_changed(load):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(SMALL).seed = 1
+
+
+@pytest.mark.parametrize(
+    "text", [OFFICIAL_TRAIN, OFFICIAL_COT, OLDER_PORT, SMALL + 'name: "ünï # x: y"\nseed: 7\n', SMALL + "name: 12\n"]
+)
+def test_resolved_yaml_loads_again_and_is_equal(load, text):
+    config = load(text)
+    resolved = config.to_yaml()
+    assert load(resolved) == config
+    assert all(f"\n{name}: " in "\n" + resolved for name in FIELDS)
+
+
+# Derived values
+
+
+def make(method: str, **keys) -> Config:
+    return Config(save_path="runs", name="a", val_path="v.json", **{method: True}, **keys)
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [("coconut", [0, 0, 1, 1, 2]), ("no_thoughts", [0, 0, 1, 1, 2]), ("cot", [0] * 5), ("no_cot", [0] * 5)],
+)
+def test_stage_of_an_epoch(method, stages):
+    config = make(method, epochs_per_stage=2)
+    assert [config.stage(epoch) for epoch in range(5)] == stages
+    assert config.method == method
+
+
+@pytest.mark.parametrize(
+    ("reset", "method", "expected"),
+    [
+        (True, "coconut", [True] * 6),
+        (False, "coconut", [False] * 6),
+        ("stage", "coconut", [False, False, True, False, True, False]),
+        ("stage", "cot", [False] * 6),
+    ],
+)
+def test_optimizer_resets(reset, method, expected):
+    config = make(method, epochs_per_stage=2, reset_optimizer=reset)
+    assert [config.resets_optimizer_at(epoch) for epoch in range(6)] == expected
+
+
+def test_thoughts_per_step_is_zero_without_latents():
+    assert [make(method, c_thought=2).thoughts_per_step for method in METHODS] == [2, 0, 0, 0]
+
+
+def test_longest_answer_follows_the_validation_path():
+    def limit(path, **keys):
+        return Config(save_path="", name="", val_path=path, cot=True, **keys).answer_limit
+
+    assert (limit("data/gsm_valid.json"), limit("data/prosqa_valid.json")) == (64, 128)
+    assert limit("data/gsm_valid.json", max_new_tokens=5) == 5

@@ -1,0 +1,394 @@
+"""The model equals its definition: the thought loop, decoding, accumulation, names, dropout, determinism."""
+
+import numpy as np
+import pytest
+
+import cpu_blas  # noqa: F401  before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from coconut import Coconut
+from config import Config
+from dataset import Sequence, collate
+from gpt2 import GPT2, MLP, Attention, GPT2Config
+from train import new_optimizer, training_steps
+
+VOCABULARY = 50
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+# (tokens, latents) of each row; a latent row has at least two tokens in front of its latents
+MIXED = [(9, 2), (5, 0), (14, 3), (11, 1), (23, 0), (6, 2)]
+
+
+def make_model(seed: int = 0, **keys) -> Coconut:
+    """A small GPT-2 whose weights are large enough to make every part of it matter."""
+    mx.random.seed(seed)
+    keys = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4, **NO_DROPOUT, **keys}
+    model = Coconut(GPT2(GPT2Config(vocab_size=VOCABULARY, **keys)))
+    model.load_weights([(n, w + 0.1 * mx.random.normal(w.shape)) for n, w in tree_flatten(model.parameters())])
+    return model.eval()
+
+
+def make_rows(shapes=MIXED, seed: int = 0, n_labelled: int | None = None) -> list[Sequence]:
+    """Random rows: some tokens, latents at a random place, labels behind them (n_labelled of them, or all)."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for n_tokens, n_latents in shapes:
+        start = int(rng.integers(2, n_tokens - 1))
+        ids = rng.integers(0, VOCABULARY, n_tokens + n_latents).astype(np.int32)
+        n_unlabelled = len(ids) - n_labelled if n_labelled else start + n_latents
+        rows.append(Sequence(ids, start, n_latents, n_unlabelled))
+    return rows
+
+
+def make_batch(rows: list[Sequence], multiple: int = 8):
+    return collate(rows, pad_id=0, multiple=multiple).to_mlx()
+
+
+def gradient_of(model, function):
+    loss, gradient = nn.value_and_grad(model, function)(model)
+    return loss.item(), {name: np.array(g) for name, g in tree_flatten(gradient)}
+
+
+def naive_hidden(model: Coconut, row: Sequence) -> mx.array:
+    """The definition: thought by thought, the whole row so far anew. No cache, no padding, one row. -> [T, D]"""
+    columns = list(model.transformer.embed(mx.array(row.ids)[None])[0])
+    for column in range(row.latent_start, row.latent_start + row.n_latents):
+        columns[column] = naive_pass(model, columns[:column])[-1]
+    return naive_pass(model, columns)
+
+
+def naive_pass(model: Coconut, columns: list[mx.array]) -> mx.array:
+    length = len(columns)
+    causal = mx.tril(mx.ones((length, length), dtype=mx.bool_))[None, None]
+    return model.transformer(mx.stack(columns)[None], mx.arange(length)[None], causal)[0][0]
+
+
+def naive_loss(model: Coconut, rows: list[Sequence]) -> mx.array:
+    """Mean negative log-probability of every labelled token of all rows."""
+    losses = []
+    for row in rows:
+        logits = model.transformer.logits(naive_hidden(model, row))
+        scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        losses += [-scores[t - 1, int(row.ids[t])] for t in range(row.n_unlabelled, len(row.ids))]
+    return mx.stack(losses).mean()
+
+
+def naive_answer(model: Coconut, row: Sequence, max_new_tokens: int) -> list[int]:
+    """Greedy continuation that recomputes everything for each token, to the last position; end tokens included."""
+    columns = list(model.transformer.embed(mx.array(row.ids)[None])[0])
+    for column in range(row.latent_start, row.latent_start + row.n_latents):
+        columns[column] = naive_pass(model, columns[:column])[-1]
+    found = []
+    while len(found) < max_new_tokens and len(columns) <= model.transformer.config.n_positions:
+        token = mx.argmax(model.transformer.logits(naive_pass(model, columns)[-1]))
+        found.append(token.item())
+        columns.append(model.transformer.embed(token))
+    return found
+
+
+# The thought loop
+
+
+def test_hidden_states_equal_the_definition_on_a_mixed_batch():
+    model, rows = make_model(), make_rows()
+    batch = make_batch(rows)
+    hidden, _ = model.think(batch)
+    for i, row in enumerate(rows):
+        ours = np.array(hidden[i])[np.array(batch.real[i])]
+        np.testing.assert_allclose(ours, np.array(naive_hidden(model, row)), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "shapes", [MIXED, [(7, 0), (12, 0)], [(6, 4)]], ids=["mixed", "no row with latents", "one row"]
+)
+def test_loss_and_gradients_equal_the_definition(shapes):
+    model, rows = make_model(), make_rows(shapes)
+    batch = make_batch(rows)
+    loss, gradient = gradient_of(model, lambda m: m(batch))
+    expected_loss, expected = gradient_of(model, lambda m: naive_loss(m, rows))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradient.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(gradient[name], value, atol=1e-5 * max(1, np.abs(value).max()), err_msg=name)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
+    """Padded equals alone, and what stands in the padding does not matter."""
+    model, rows = make_model(), make_rows()
+    batch = make_batch(rows)
+    hidden, _ = model.think(batch)
+    other, _ = model.think(batch._replace(ids=mx.where(batch.real, batch.ids, 7)))
+    for i, row in enumerate(rows):
+        real = np.array(batch.real[i])
+        alone = make_batch([row], multiple=1)
+        assert np.array(alone.real).all()
+        np.testing.assert_allclose(np.array(hidden[i])[real], np.array(model.think(alone)[0][0]), atol=2e-5)
+        np.testing.assert_array_equal(np.array(hidden[i])[real], np.array(other[i])[real])
+
+
+@pytest.mark.parametrize("attn_pdrop", [0.0, 0.1], ids=["fused attention", "explicit attention"])
+def test_columns_that_see_nothing_give_no_nan(attn_pdrop):
+    """Left padding makes fully masked rows; hidden states, loss and gradients stay finite, also with dropout."""
+    model = make_model(attn_pdrop=attn_pdrop).train()
+    batch = make_batch(make_rows())
+    assert not np.array(batch.real)[:, 0].all()
+    loss, gradient = gradient_of(model, lambda m: m(batch))
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in gradient.values())
+    assert mx.isfinite(model.think(batch)[0]).all().item()
+
+
+def test_attention_with_dropout_equals_the_fused_one_where_nothing_is_dropped():
+    """Training's explicit attention at a vanishing dropout against evaluation's fused attention."""
+    model = make_model(attn_pdrop=1e-9)
+    batch = make_batch(make_rows())
+    loss, gradient = gradient_of(model, lambda m: m(batch))
+    model.train()
+    explicit_loss, explicit = gradient_of(model, lambda m: m(batch))
+    assert explicit_loss == pytest.approx(loss, rel=1e-5)
+    for name, value in gradient.items():
+        np.testing.assert_allclose(explicit[name], value, atol=1e-5 * max(1, np.abs(value).max()), err_msg=name)
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list:
+    """Columns of each pass through the transformer, as it is made."""
+    lengths, original = [], GPT2.__call__
+
+    def counted(self, embeddings, *rest):
+        lengths.append(embeddings.shape[1])
+        return original(self, embeddings, *rest)
+
+    monkeypatch.setattr(GPT2, "__call__", counted)
+    return lengths
+
+
+def test_every_column_is_computed_once(passes):
+    """One pass up to the first latent, one column for each further latent, one pass over the rest."""
+    model, batch = make_model(), make_batch(make_rows())
+    model.think(batch)
+    length, first, n_latents = batch.ids.shape[1], batch.first_latent, batch.latents.shape[1]
+    assert passes == [first, *[1] * (n_latents - 1), length - first - n_latents + 1]
+
+
+def test_the_forward_never_waits_for_a_value(monkeypatch):
+    """No `.item()` and no `tolist()` inside the loss: each would stop the device."""
+
+    def refuse(*_):
+        raise AssertionError("the forward reads a value")
+
+    model, batch = make_model(), make_batch(make_rows())
+    for name in ("item", "tolist", "__array__", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(mx.array, name, refuse)
+    nn.value_and_grad(model, lambda m: m(batch))(model)
+
+
+# Decoding
+
+
+def test_decoding_computes_one_column_a_token(passes, prompts):
+    """The cache is used: behind the prompt every pass is one column wide, and the last token needs none."""
+    model, rows, _ = prompts
+    batch = make_batch(rows)
+    model.generate(batch, 12, VOCABULARY)
+    assert sum(passes) == batch.ids.shape[1] + 11
+    assert passes[-11:] == [1] * 11
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """A model, mixed prompts and their naive continuations of 12 tokens."""
+    model, rows = make_model(seed=3), make_rows(seed=1)
+    return model, rows, [naive_answer(model, row, 12) for row in rows]
+
+
+def until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def test_cached_batched_decoding_equals_the_definition_whichever_token_ends_it(prompts):
+    """Every token that occurs is the end token once, so rows end first, last, at different times, and not at all."""
+    model, rows, expected = prompts
+    ends = sorted({token for ids in expected for token in ids})
+    lengths = {tuple(len(until(ids, end)) for ids in expected) for end in ends}
+    assert any(0 in ended for ended in lengths), "no row ends at its first token"
+    assert any(len({n for n in ended if n < 12}) > 1 for ended in lengths), "no two rows end at different times"
+    for end in ends:
+        assert model.generate(make_batch(rows), 12, end) == [until(ids, end) for ids in expected]
+
+
+def test_a_batch_decodes_as_its_rows_alone(prompts):
+    model, rows, expected = prompts
+    end = expected[0][4]
+    alone = [model.generate(make_batch([row]), 12, end)[0] for row in rows]
+    assert model.generate(make_batch(rows), 12, end) == alone
+    assert {len(ids) for ids in alone} != {12}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_decoding_stops_at_max_new_tokens(prompts, limit):
+    model, rows, expected = prompts
+    assert model.generate(make_batch(rows), limit, VOCABULARY) == [ids[:limit] for ids in expected]
+
+
+def test_decoding_stops_at_the_last_position():
+    """Rows of different lengths reach the last position at different times; the others go on."""
+    model = make_model(seed=3, n_positions=20)
+    rows = make_rows([(6, 2), (17, 3), (19, 0), (12, 0)])
+    expected = [naive_answer(model, row, 100) for row in rows]
+    assert [len(ids) for ids in expected] == [13, 1, 2, 9]
+    assert model.generate(make_batch(rows), 100, VOCABULARY) == expected
+
+
+# Training
+
+
+def steps_of(model, optimizer, batches, config, epoch=0) -> list:
+    return list(training_steps(model, optimizer, batches, config, epoch, n_steps=len(batches), first=0))
+
+
+def sgd_steps(batches, **keys) -> tuple[list, dict]:
+    """training_steps with plain gradient descent at rate 1, so that the weights' change is the gradient."""
+    model = make_model()
+    before = dict(tree_flatten(model.parameters()))
+    config = Config(save_path="", name="", val_path="", coconut=True, **keys)
+    steps = steps_of(model, optim.SGD(learning_rate=1.0), batches, config)
+    change = {name: np.array(before[name] - after) for name, after in tree_flatten(model.parameters())}
+    return steps, change
+
+
+def test_accumulated_equals_one_big_batch():
+    """Four micro-batches with equally many labelled tokens give the loss and gradient of their union."""
+    rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0), (9, 1)], n_labelled=3)
+    micro = [collate(rows[i : i + 2], 0) for i in range(0, 8, 2)]
+    [big], big_change = sgd_steps([collate(rows, 0)], gradient_accumulation_steps=1)
+    [step], change = sgd_steps(micro, gradient_accumulation_steps=4)
+    assert step.loss == pytest.approx(big.loss, rel=1e-6)
+    assert step.n_tokens == big.n_tokens == sum(len(row.ids) for row in rows)
+    for name, value in big_change.items():
+        np.testing.assert_allclose(change[name], value, atol=1e-5 * max(1, np.abs(value).max()), err_msg=name)
+    assert max(np.abs(value).max() for value in big_change.values()) > 1e-3
+
+
+def test_an_incomplete_last_group_is_divided_by_the_full_count():
+    """As the official code does: one micro-batch of three counts a third, its reported loss is its own."""
+    batch = collate(make_rows(), 0)
+    [whole], change = sgd_steps([batch], gradient_accumulation_steps=1)
+    [third], third_of_change = sgd_steps([batch], gradient_accumulation_steps=3)
+    assert third.loss == whole.loss
+    for name, value in change.items():
+        np.testing.assert_allclose(third_of_change[name], value / 3, atol=1e-5 * max(1, np.abs(value).max()))
+
+
+def train_a_little(seed: int) -> bytes:
+    """Weights and losses, bit by bit, of three accumulated AdamW steps with dropout on a fresh model."""
+    config = Config(save_path="", name="", val_path="", coconut=True, seed=seed, gradient_accumulation_steps=2, lr=1e-2)
+    model = make_model(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+    optimizer = new_optimizer(model, config)
+    batches = [collate(make_rows(seed=i), 0) for i in range(6)]
+    losses = [step.loss for step in steps_of(model, optimizer, batches, config, epoch=1)]
+    assert len(losses) == 3
+    arrays = [np.array(w) for _, w in tree_flatten([model.parameters(), optimizer.state])]
+    return b"".join(a.tobytes() for a in [*arrays, np.array(losses)])
+
+
+def test_ten_runs_of_one_seed_are_equal_bit_by_bit_and_another_seed_differs():
+    runs = {train_a_little(seed=5) for _ in range(10)}
+    assert len(runs) == 1
+    assert train_a_little(seed=6) not in runs
+
+
+def test_dropout_draws_another_mask_at_every_step_and_in_every_epoch():
+    """The same batch at learning rate 0 has another loss each time; a frozen mask would repeat it."""
+    config = Config(save_path="", name="", val_path="", coconut=True, lr=0, weight_decay=0)
+    model, batch = make_model(embd_pdrop=0.1), collate(make_rows(), 0)
+    losses = []
+    for epoch in range(2):
+        optimizer = new_optimizer(model, config)
+        losses += [step.loss for step in steps_of(model, optimizer, [batch] * 3, config, epoch)]
+    assert len(set(losses)) == 6
+
+
+# The parts of GPT-2
+
+
+def gpt2_names(n_layer: int) -> set[str]:
+    """The parameters of transformers' GPT2LMHeadModel."""
+    parts = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    modules = [f"h.{i}.{part}" for i in range(n_layer) for part in parts] + ["ln_f"]
+    names = {f"transformer.{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    return names | {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def test_parameters_are_exactly_gpt2s():
+    """No mask, no second name for the embedding, before and after use."""
+    model, batch = make_model(n_layer=3), make_batch(make_rows())
+    nn.value_and_grad(model, lambda m: m(batch))(model)
+    model.generate(batch, 2, VOCABULARY)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    assert sorted(names) == sorted(gpt2_names(3))
+    assert [name for name, _ in tree_flatten(model.trainable_parameters())] == names
+
+
+def test_a_fresh_model_is_initialised_as_gpt2_is():
+    """Normal weights of 0.02, those that end a residual branch of 0.02 / sqrt(2 n_layer); no bias, unit norms."""
+    mx.random.seed(1)
+    model = GPT2(GPT2Config(vocab_size=2000, n_positions=512, n_embd=64, n_layer=8, n_head=2))
+    for name, weight in tree_flatten(model.parameters()):
+        values = np.array(weight)
+        if name.endswith("bias"):
+            assert (values == 0).all(), name
+        elif "ln_" in name:
+            assert (values == 1).all(), name
+        else:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert values.std() == pytest.approx(expected, rel=0.05), name
+            assert abs(values.mean()) < 5 * expected / np.sqrt(values.size), name
+            assert np.abs(values).max() > 3 * expected, name  # normal, not uniform
+
+
+def assert_dropout(values: mx.array, probability: float):
+    """Ones that went through dropout: a fraction `probability` is zero, the others are scaled up to keep the mean."""
+    values = np.array(values).ravel()
+    dropped = values == 0
+    assert dropped.mean() == pytest.approx(probability, abs=5 * np.sqrt(probability / dropped.size))
+    np.testing.assert_allclose(values[~dropped], 1 / (1 - probability), rtol=1e-5)
+
+
+DROPOUTS = GPT2Config(
+    vocab_size=9, n_positions=8, n_embd=16, n_layer=1, n_head=16, embd_pdrop=0.2, attn_pdrop=0.3, resid_pdrop=0.4
+)
+ALONE = mx.array([[[[True]]]])  # one position that sees itself
+
+
+def test_dropout_of_the_embeddings():
+    model = GPT2(DROPOUTS)
+    model.h, model.ln_f = [], lambda x: x
+    model.wpe.weight = mx.full((8, 16), 0.25)
+    embeddings, positions = mx.full((500, 8, 16), 0.75), mx.zeros((500, 8), dtype=mx.int32)
+    mask = mx.ones((1, 1, 8, 8), dtype=mx.bool_)
+    assert_dropout(model(embeddings, positions, mask)[0], 0.2)
+    assert (model.eval()(embeddings, positions, mask)[0] == 1).all().item()
+
+
+@pytest.mark.parametrize("place", ["attention", "residual"])
+def test_dropout_of_the_attention(place):
+    """Each of 16 heads attends to its one position with weight 1, and its value is 1."""
+    attention = Attention(DROPOUTS)
+    attention.c_attn.bias = mx.concatenate([mx.zeros(32), mx.ones(16)])
+    attention.c_proj.weight = mx.eye(16)
+    off = attention.resid_dropout if place == "attention" else attention.attn_dropout
+    off.eval()
+    x = mx.random.normal((5000, 1, 16))
+    assert_dropout(attention(x, ALONE, None)[0], 0.3 if place == "attention" else 0.4)
+    assert (attention.eval()(x, ALONE, None)[0] == 1).all().item()
+
+
+def test_dropout_of_the_mlp():
+    mlp = MLP(DROPOUTS)
+    mlp.c_proj.bias = mx.ones(16)
+    x = mx.zeros((5000, 1, 16))
+    assert_dropout(mlp(x), 0.4)
+    assert (mlp.eval()(x) == 1).all().item()

@@ -1,0 +1,366 @@
+"""What a run does and leaves behind, through the command line: training, resuming, evaluating, stopping."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, tiny_item
+
+import checkpoint as ckpt
+from coconut import Coconut
+from config import FIELDS, load_config
+
+TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "epoch", "stage"}
+EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
+PREDICTION_KEYS = {
+    "idx", "question", "expected_answer", "answer", "correct", "cot", "cot_match", "output_ids", "n_tokens",
+}  # fmt: skip
+
+
+def names(folder) -> set[str]:
+    """What a user sees in a folder; the place in a state's name is left out."""
+    return {re.sub(r"^state_\d+_\d+$", "state", path.name) for path in folder.iterdir() if path.name[0] != "."}
+
+
+def jsonl(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(shared_tiny, call_main):
+    """A coconut run of three epochs in three stages: (its Tiny, what it printed)."""
+    outcome = call_main(shared_tiny.config(num_epochs=3, gradient_accumulation_steps=2))
+    assert outcome.status == 0, outcome.err
+    return shared_tiny, outcome
+
+
+@pytest.fixture
+def evaluate(finished, call_main, tmp_path):
+    """Evaluate the finished run's checkpoint_{n} with only_eval: evaluate(n, **keys) -> (outcome, folder)."""
+    tiny, _ = finished
+
+    def call(number, **keys):
+        keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / f"checkpoint_{number}", **keys}
+        outcome = call_main(tiny.config("eval.yaml", save_path=tmp_path, name="evaluated", **keys))
+        assert outcome.status == 0, outcome.err
+        return outcome, tmp_path / "evaluated"
+
+    return call
+
+
+# A training run
+
+
+def test_a_run_leaves_its_config_metrics_predictions_and_checkpoints(finished):
+    tiny, _ = finished
+    predictions, checkpoints = {f"predictions_{i}.jsonl" for i in (1, 2, 3)}, {f"checkpoint_{i}" for i in (1, 2, 3)}
+    expected = {"config.yaml", "metrics.jsonl", "first_batch.txt", "state", *predictions, *checkpoints}
+    assert names(tiny.runs / "tiny") == expected
+
+
+def test_the_resolved_config_loads_again_and_is_equal(finished):
+    tiny, _ = finished
+    written = tiny.runs / "tiny" / "config.yaml"
+    config = load_config(str(written))
+    assert config == load_config(str(tiny.folder / "tiny.yaml"))
+    assert all(f"\n{name}: " in "\n" + written.read_text() for name in FIELDS)
+
+
+def test_metrics_hold_every_step_and_every_epoch(finished):
+    """8 items in micro-batches of 4, two of them to a step: one step an epoch. One stage an epoch."""
+    records = finished[0].records()
+    training, evaluation = [r for r in records if "train/loss" in r], [r for r in records if "eval/loss" in r]
+    assert all(set(r) == TRAIN_KEYS for r in training)
+    assert all(set(r) == EVAL_KEYS for r in evaluation)
+    assert len(training) + len(evaluation) == len(records)
+    assert [(r["train/epoch"], r["train/step"], r["epoch"], r["stage"]) for r in training] == [
+        (1, 0, 1, 0),
+        (2, 1, 2, 1),
+        (3, 2, 3, 2),
+    ]
+    assert [(r["epoch"], r["stage"]) for r in evaluation] == [(1, 0), (2, 1), (3, 2)]
+    assert training[-1]["train/loss"] < training[0]["train/loss"]
+    assert all(r["eval/n_tokens"] > 0 and r["eval/seconds_per_example"] > 0 for r in evaluation)
+
+
+def test_predictions_hold_every_item_in_order(finished):
+    tiny, _ = finished
+    items = json.loads(tiny.valid.read_text())
+    for epoch, stage in ((1, 0), (2, 1), (3, 2)):
+        predictions = jsonl(tiny.runs / "tiny" / f"predictions_{epoch}.jsonl")
+        assert [p["idx"] for p in predictions] == list(range(len(items)))
+        for prediction, item in zip(predictions, items, strict=True):
+            assert set(prediction) == PREDICTION_KEYS
+            assert (prediction["question"], prediction["expected_answer"]) == (item["question"], item["answer"])
+            assert prediction["correct"] == (prediction["answer"] == item["answer"])
+            assert prediction["n_tokens"] == len(prediction["output_ids"]) + stage  # thoughts count, as in the paper
+            assert len(prediction["output_ids"]) <= 8
+
+
+def test_metrics_summarise_the_predictions(finished):
+    tiny, _ = finished
+    for record in [r for r in tiny.records() if "eval/acc" in r]:
+        predictions = jsonl(tiny.runs / "tiny" / f"predictions_{record['epoch']}.jsonl")
+        for key, field in (("eval/acc", "correct"), ("eval/cot_em", "cot_match"), ("eval/n_tokens", "n_tokens")):
+            assert record[key] == pytest.approx(sum(p[field] for p in predictions) / len(predictions))
+
+
+def test_checkpoints_say_where_they_come_from(finished):
+    tiny, _ = finished
+    for number in (1, 2, 3):
+        folder = tiny.runs / "tiny" / f"checkpoint_{number}"
+        assert names(folder) == {"model.safetensors", "config.json", "coconut.json"}
+        record = ckpt.read_record(folder)
+        assert (record["epoch"], record["stage"], record["method"]) == (number, number - 1, "coconut")
+        assert {"python", "mlx", "numpy"} <= set(record["versions"])
+        assert record["config"]["num_epochs"] == 3
+
+
+def test_the_first_batch_is_there_to_read(finished):
+    """One token a line: id, label, text. Labels are -100 or the id; the answer and its end are labelled."""
+    tiny, _ = finished
+    lines = (tiny.runs / "tiny" / "first_batch.txt").read_text(encoding="utf-8").splitlines()
+    tokens = [line.split(" ", 2) for line in lines if not line.startswith("=")]
+    assert len(tokens) >= 4 * 30
+    assert all(label in ("-100", identity) for identity, label, _ in tokens)
+    labelled = [text for _, label, text in tokens if label != "-100"]
+    assert labelled.count("'<|endoftext|>'") == 4
+    assert labelled.count("'###'") == 4
+    assert "'<|latent|>'" not in labelled
+
+
+def test_the_screen_tells_what_runs_and_how_it_went(finished):
+    _, outcome = finished
+    for text in (
+        "coconut",
+        "3 epochs",
+        "8 training items",
+        "2 layers, 16 wide",
+        "fresh random weights",
+        "checkpoint_3",
+    ):
+        assert text in outcome.out
+    for text in ("Epoch 3/3, stage 2", "loss=", "tokens_per_s="):
+        assert text in outcome.err
+
+
+def test_from_the_shell(tiny, run_cli):
+    """A real process, with a relative save_path and overrides."""
+    outcome = run_cli(tiny.config(save_path="out"), "num_epochs=1", "name=shell", cwd=tiny.folder)
+    assert outcome.status == 0, outcome.err
+    assert "checkpoint_1" in names(tiny.folder / "out" / "shell")
+
+
+@pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
+def test_the_other_methods_run_too(method, tiny, call_main):
+    outcome = call_main(tiny.config(coconut=False, num_epochs=3, **{method: True}))
+    assert outcome.status == 0, outcome.err
+    stages = [r["stage"] for r in tiny.records() if "eval/loss" in r]
+    assert stages == ([0, 1, 2] if method == "no_thoughts" else [0, 0, 0])
+    assert all(p["n_tokens"] == len(p["output_ids"]) for p in jsonl(tiny.runs / "tiny" / "predictions_3.jsonl"))
+
+
+def test_debug_limits_the_data_and_keeps_no_checkpoints(tiny, call_main):
+    valid = tiny.write("many.json", [tiny_item(a, 2, 1) for a in range(1, 40)])
+    outcome = call_main(tiny.config(debug=True, num_epochs=1, val_path=valid))
+    assert outcome.status == 0, outcome.err
+    assert names(tiny.runs / "tiny") == {"config.yaml", "metrics.jsonl", "first_batch.txt", "predictions_1.jsonl"}
+    assert len(jsonl(tiny.runs / "tiny" / "predictions_1.jsonl")) == 32
+
+
+def test_save_only_improve_keeps_the_epochs_of_a_new_best_accuracy(tiny, call_main):
+    """One answer for all, learnt in a few epochs: accuracy rises from 0 and then stays."""
+    data = tiny.write("same.json", [{**tiny_item(a, 1, 0), "answer": "7"} for a in range(1, 9)])
+    keys = {"coconut": False, "no_cot": True, "train_path": data, "val_path": data, "num_epochs": 20, "lr": 1e-2}
+    outcome = call_main(tiny.config(save_only_improve=True, **keys))
+    assert outcome.status == 0, outcome.err
+    accuracies = [(r["epoch"], r["eval/acc"]) for r in tiny.records() if "eval/acc" in r]
+    improved, best = set(), 0.0
+    for epoch, accuracy in accuracies:
+        if accuracy > best:
+            improved.add(f"checkpoint_{epoch}")
+            best = accuracy
+    assert accuracies[0][1] == 0
+    assert best == 1
+    assert {name for name in names(tiny.runs / "tiny") if name.startswith("checkpoint")} == improved
+
+
+# Resuming
+
+
+def test_a_run_without_checkpoints_starts_over_and_writes_its_metrics_anew(tiny, call_main):
+    for _ in range(2):
+        assert call_main(tiny.config(debug=True, num_epochs=1)).status == 0
+    assert [r["train/step"] for r in tiny.records() if "train/loss" in r] == [0, 1]
+    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tiny, call_main):
+    """Two epochs, then the same command with three: the same weights bit by bit, the same records."""
+    keys = {"gradient_accumulation_steps": 2, "train_path": finished[0].train, "val_path": finished[0].valid}
+    keys |= {"tokenizer": finished[0].words, "model_config_path": finished[0].model}
+    assert call_main(tiny.config(num_epochs=2, **keys)).status == 0
+    outcome = call_main(tiny.config(num_epochs=3, **keys))
+    assert outcome.status == 0, outcome.err
+    assert "epoch 3" in outcome.out
+    assert "num_epochs: was 2, is 3" in outcome.out
+    ours, whole = tiny.runs / "tiny", finished[0].runs / "tiny"
+    assert names(ours) == names(whole)
+    for pattern in ("checkpoint_3/model.safetensors", "state_*/optimizer.safetensors", "predictions_3.jsonl"):
+        [one], [other] = ours.glob(pattern), whole.glob(pattern)
+        assert one.read_bytes() == other.read_bytes(), pattern
+    assert without_time(tiny.records()) == without_time(finished[0].records())
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, call_main):
+    tiny, _ = finished
+    before = {p: p.read_bytes() for p in (tiny.runs / "tiny").rglob("*") if p.is_file()}
+    outcome = call_main(tiny.folder / "tiny.yaml")
+    assert outcome.status == 0, outcome.err
+    assert "all 3 epochs are done" in outcome.out
+    assert {p: p.read_bytes() for p in (tiny.runs / "tiny").rglob("*") if p.is_file()} == before
+
+
+def test_resume_skips_epochs_in_a_fresh_directory(tiny, call_main):
+    """The official use: epochs before `resume` were another run's (a CoT model), the stage is counted from 0."""
+    assert call_main(tiny.config(resume=2, num_epochs=3)).status == 0
+    assert [(r["epoch"], r["stage"]) for r in tiny.records() if "eval/loss" in r] == [(3, 2)]
+    assert "checkpoint_3" in names(tiny.runs / "tiny")
+    assert "checkpoint_1" not in names(tiny.runs / "tiny")
+
+
+def test_resuming_with_another_method_is_refused(finished, call_main):
+    tiny, _ = finished
+    before = names(tiny.runs / "tiny")
+    outcome = call_main(tiny.config("other.yaml", coconut=False, cot=True, num_epochs=4, gradient_accumulation_steps=2))
+    assert outcome.status == 2
+    assert "coconut: was True, is False" in outcome.err
+    assert "cot: was False, is True" in outcome.err
+    assert names(tiny.runs / "tiny") == before
+
+
+def test_an_empty_directory_and_stray_files_do_not_disturb(tiny, call_main):
+    folder = tiny.runs / "tiny"
+    folder.mkdir(parents=True)
+    for stray in ("checkpoint_12.pt", "notes.txt", "checkpoint_best", "checkpoint_", "state_x"):
+        (folder / stray).write_text("mine")
+    outcome = call_main(tiny.config(num_epochs=1))
+    assert outcome.status == 0, outcome.err
+    assert {"checkpoint_1", "notes.txt", "checkpoint_12.pt"} <= names(folder)
+    assert (folder / "checkpoint_12.pt").read_text() == "mine"
+
+
+# only_eval
+
+
+def test_only_eval_prints_everything_and_writes_two_files(evaluate):
+    outcome, folder = evaluate(3, resume=2)
+    [line] = [line for line in outcome.out.splitlines() if "accuracy" in line]
+    pattern = r"epoch 2, stage 2: loss \d+\.\d+, accuracy [0-4]/4 = \d\.\d+ \(95 % interval 0\.\d+ to \d\.\d+\), "
+    pattern += r"CoT match \d\.\d+, latents 2, \d+\.\d tokens and \d+\.\d+ s per example"
+    assert re.fullmatch(pattern, line)
+    assert names(folder) == {"metrics.jsonl", "predictions_2.jsonl"}
+    [record] = jsonl(folder / "metrics.jsonl")
+    assert set(record) == EVAL_KEYS
+    assert "warning" not in outcome.err
+
+
+def test_only_eval_repeats_the_trainings_evaluation(finished, evaluate):
+    """checkpoint_3 was trained and judged in epoch index 2."""
+    _, folder = evaluate(3, resume=2)
+    trained = finished[0].runs / "tiny"
+    assert (folder / "predictions_2.jsonl").read_bytes() == (trained / "predictions_3.jsonl").read_bytes()
+    [record], [expected] = jsonl(folder / "metrics.jsonl"), [r for r in finished[0].records() if r["epoch"] == 3][1:]
+    assert record["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-6)
+    assert (record["eval/acc"], record["stage"]) == (expected["eval/acc"], expected["stage"])
+
+
+def test_only_eval_at_another_stage_than_trained_says_so(evaluate):
+    outcome, _ = evaluate(3, resume=1)
+    assert re.search(r"^warning: .*trained at stage 2.*at stage 1$", outcome.err, flags=re.MULTILINE)
+    assert "latents 1," in outcome.out
+
+
+def test_only_eval_counts_different_latents(evaluate):
+    """Items with 0 to 3 steps, without padding to the maximum: 0 to 2 thoughts."""
+    outcome, _ = evaluate(3, resume=2, pad_latent_to_max=False)
+    assert "latents 0 to 2," in outcome.out
+
+
+def test_the_batch_size_of_evaluation_does_not_matter(evaluate):
+    _, folder = evaluate(3, resume=2, batch_size_eval=1)
+    one = (folder / "predictions_2.jsonl").read_bytes()
+    evaluate(3, resume=2, batch_size_eval=3)
+    assert (folder / "predictions_2.jsonl").read_bytes() == one
+
+
+# Planning and stopping
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(tiny, call_main):
+    outcome = call_main(tiny.config(num_epochs=3), "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert "2 optimiser steps an epoch, of 4 items each" in outcome.out
+    assert "nothing was written" in outcome.out
+    assert call_main(tiny.config(train_path=tiny.folder / "nowhere.json"), "--dry-run").status == 2
+    assert not tiny.runs.exists()
+
+
+def test_a_dry_run_leaves_a_finished_run_alone(finished, call_main):
+    tiny, _ = finished
+    before = {p: p.read_bytes() for p in (tiny.runs / "tiny").rglob("*") if p.is_file()}
+    assert call_main(tiny.folder / "tiny.yaml", "num_epochs=5", "--dry-run").status == 0
+    assert {p: p.read_bytes() for p in (tiny.runs / "tiny").rglob("*") if p.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(tiny, call_main):
+    """A learning rate of 1e30 spoils the weights in epoch 2's first step; its second finds an infinite or NaN loss."""
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    folder = tiny.runs / "tiny"
+    weights = (folder / "checkpoint_1" / "model.safetensors").read_bytes()
+    outcome = call_main(tiny.config(num_epochs=2, lr=1e30))
+    assert outcome.status == 1
+    assert "Traceback" not in outcome.err
+    assert "epoch 2, step 1" in outcome.err
+    assert any(word in outcome.err for word in ("loss is nan", "loss is inf"))
+    assert "checkpoint_2" not in names(folder)
+    assert (folder / "checkpoint_1" / "model.safetensors").read_bytes() == weights
+    assert call_main(tiny.config(num_epochs=2)).status == 0, "with a sane learning rate it goes on"
+    assert "checkpoint_2" in names(folder)
+
+
+def test_an_error_in_decoding_is_not_a_wrong_answer(tiny, call_main, monkeypatch):
+    """A bug shows itself; it is not counted as an answer that missed."""
+
+    def broken(*_):
+        raise RuntimeError("a bug in decoding")
+
+    monkeypatch.setattr(Coconut, "generate", broken)
+    with pytest.raises(RuntimeError, match="a bug in decoding"):
+        call_main(tiny.config(num_epochs=1))
+
+
+def test_help_lists_every_key(run_cli):
+    outcome = run_cli("--help")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert all(f"\n  {name}  (" in outcome.out for name in FIELDS)
+
+
+def test_no_arguments_show_how_to_call(run_cli):
+    outcome = run_cli()
+    assert outcome.status == 2
+    assert "usage: python run.py CONFIG [key=value ...]" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_help_into_a_closed_pipe_is_no_traceback():
+    """`python run.py --help | head -3`"""
+    command = f"'{sys.executable}' '{ROOT / 'run.py'}' --help | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr

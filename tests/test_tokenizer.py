@@ -1,0 +1,260 @@
+"""GPT-2's tokenizer: where it is found, what it does to text, and what it says of damaged files."""
+
+import json
+import types
+from itertools import pairwise
+
+import pytest
+import tiktoken
+
+import tokenizer as tokenizer_module
+from tokenizer import GPT2_PATTERN, Tokenizer, dump_tiktoken, load_tokenizer
+from utils import UserError
+
+TEXTS = [
+    "",
+    "Tomás has 21 stickers.  After that, 7 of them are given away.\n",
+    "### 1,234",
+    "<<35+9=44>> <<5*2=10>>\n",
+    "  leading,   inner and trailing spaces   \n\n\t",
+    "It’s 日本語, €7, 👍🏽, e\u0301, \u2028 and \x00.",
+    "don't I'll WE'VE isn’t",
+]
+BYTE_CHARACTERS = {byte: character for character, byte in tokenizer_module._bytes_of_characters().items()}
+
+
+def spelled(token: bytes) -> str:
+    """A token in Hugging Face's printable spelling."""
+    return "".join(BYTE_CHARACTERS[byte] for byte in token)
+
+
+def split_of(token: bytes, ranks: dict) -> tuple[bytes, bytes]:
+    """The two tokens whose merge made this one: byte-pair encoding it with the earlier merges alone leaves two."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [left + right for left, right in pairwise(parts)]
+        rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairs))
+        assert rank < ranks[token]
+        parts[place : place + 2] = [pairs[place]]
+    return parts[0], parts[1]
+
+
+@pytest.fixture(scope="session")
+def hugging_face_files(tokenizer):
+    """(vocab.json, merges.txt, tokenizer.json) of GPT-2 as Hugging Face writes them, made from the ranks."""
+    ranks = tokenizer.ranks
+    vocab = {spelled(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
+    tokens = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
+    merges = [" ".join(map(spelled, split_of(token, ranks))) for token in tokens]
+    combined = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    return json.dumps(vocab), "#version: 0.2\n" + "\n".join(merges) + "\n", json.dumps(combined)
+
+
+@pytest.fixture
+def small_ranks():
+    return {bytes([i]): i for i in range(256)} | {b"##": 256, b"###": 257, b"<<": 258}
+
+
+def write_small(path, ranks):
+    path.write_bytes(dump_tiktoken(ranks))
+    return path
+
+
+def refuse(*arguments):
+    raise OSError("no network")
+
+
+# Ids and text
+
+
+def test_ids_are_gpt2s_and_the_markers_follow(tokenizer):
+    assert (tokenizer.n_words, tokenizer.eos_id) == (50256, 50256)
+    assert (tokenizer.start_id, tokenizer.end_id, tokenizer.latent_id) == (50257, 50258, 50259)
+    assert (tokenizer.vocab_size, tokenizer.prototype_id) == (50260, 16791)
+    assert tokenizer.encode("Hello world\n### 42") == [15496, 995, 198, 21017, 5433]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("marker", ["<|endoftext|>", "<|start-latent|>", "<|end-latent|>", "<|latent|>"])
+def test_special_tokens_spelled_out_are_plain_text(tokenizer, marker):
+    ids = tokenizer.encode(f"a {marker} b")
+    assert max(ids) < tokenizer.eos_id
+    assert tokenizer.decode(ids) == f"a {marker} b"
+
+
+def test_decoding_leaves_out_markers_and_unused_ids(tokenizer):
+    assert tokenizer.decode([15496, 50257, 50259, 50258, 50256, 60000, 995]) == "Hello world"
+
+
+def test_half_a_character_becomes_a_replacement(tokenizer):
+    half = tokenizer.encode("👍")[:1]
+    assert tokenizer.decode(half) == "\ufffd"
+
+
+def test_spelling_of_single_tokens(tokenizer):
+    assert [tokenizer.spell(i) for i in (995, 50256, 50259, 60000)] == [
+        " world",
+        "<|endoftext|>",
+        "<|latent|>",
+        "<unused 60000>",
+    ]
+
+
+# Sources
+
+
+def test_word_list(tmp_path):
+    """Bytes first, then the words; a word in mid-sentence has its space; anything else is spelled in bytes."""
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(["What", " is", "###", "é", "###"]), encoding="utf-8")
+    words = load_tokenizer(str(path))
+    assert (words.n_words, words.vocab_size, words.source) == (260, 264, str(path))
+    assert words.encode("What is is") == [256, 257, 257]
+    assert words.encode("is") == [ord("i"), ord("s")]
+    assert words.encode("é") == [259]
+    assert words.prototype_id is None
+    for text in TEXTS:
+        assert words.decode(words.encode(text)) == text
+
+
+def test_tiktoken_file(tmp_path, small_ranks):
+    small = load_tokenizer(str(write_small(tmp_path / "small.tiktoken", small_ranks)))
+    assert (small.vocab_size, small.eos_id, small.prototype_id) == (263, 259, 258)
+    assert small.encode("### a") == [257, 32, 97]
+
+
+def test_a_vocabulary_file_that_changed_is_read_anew(tmp_path, small_ranks):
+    """tiktoken's loader keeps what it once read under a path in a cache."""
+    path = write_small(tmp_path / "small.tiktoken", small_ranks)
+    assert load_tokenizer(str(path)).vocab_size == 263
+    write_small(path, small_ranks | {b">>": 259})
+    assert load_tokenizer(str(path)).vocab_size == 264
+
+
+@pytest.mark.parametrize("files", ["vocab.json with merges.txt", "tokenizer.json", "tokenizer.json with pairs"])
+def test_hugging_face_folder_gives_gpt2s_ids(files, hugging_face_files, tokenizer, tmp_path):
+    vocab, merges, combined = hugging_face_files
+    if files == "vocab.json with merges.txt":
+        (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
+        (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
+    else:
+        content = json.loads(combined)
+        if files == "tokenizer.json with pairs":  # as newer versions of tokenizers write them
+            content["model"]["merges"] = [merge.split() for merge in content["model"]["merges"]]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    found = load_tokenizer(None, tmp_path)
+    assert found.ranks == tokenizer.ranks
+    assert found.fingerprint == tokenizer.fingerprint
+    assert found.source == str(tmp_path)
+    assert load_tokenizer(str(tmp_path)).ranks == tokenizer.ranks
+
+
+def test_order_of_sources(tmp_path, small_ranks, monkeypatch):
+    """The key, then the model's folder, then tiktoken, then mlx-whisper's copy, then an error that says how."""
+    folder, package = tmp_path / "model", tmp_path / "mlx_whisper"
+    folder.mkdir()
+    (package / "assets").mkdir(parents=True)
+    named = write_small(tmp_path / "named.tiktoken", small_ranks)
+    write_small(package / "assets" / "gpt2.tiktoken", small_ranks | {b"whisper": 259})
+    vocab = {spelled(token): rank for token, rank in small_ranks.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_text("# #\n## #\n< <\n", encoding="utf-8")
+    installed = types.SimpleNamespace(submodule_search_locations=[str(package)])
+    downloaded = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=small_ranks, special_tokens={})
+    monkeypatch.setattr(tokenizer_module, "GPT2_TOKENS", 260)
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: installed)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: downloaded)
+
+    assert load_tokenizer(str(named), folder).source == str(named)
+    assert load_tokenizer(None, folder).source == str(folder)
+    assert load_tokenizer(None, tmp_path).source == "tiktoken"
+    assert load_tokenizer(None).source == "tiktoken"
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    assert load_tokenizer(None).source == "mlx-whisper"
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tokenizer:.*pip install.*mlx-whisper"):
+        load_tokenizer(None)
+
+
+def test_a_download_that_is_not_the_vocabulary_is_passed_over(monkeypatch):
+    """A portal's login page in place of the file: tiktoken finds a wrong hash and raises ValueError."""
+
+    def mismatch(name):
+        raise ValueError("Hash mismatch for data downloaded from ...")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", mismatch)
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="GPT-2's vocabulary was not found"):
+        load_tokenizer(None)
+
+
+def test_fingerprint_tells_vocabularies_apart(small_ranks):
+    one, other = Tokenizer(small_ranks, "a"), Tokenizer(small_ranks | {b">>": 259}, "a")
+    assert one.fingerprint == Tokenizer(dict(reversed(small_ranks.items())), "b").fingerprint
+    assert one.fingerprint != other.fingerprint
+
+
+# Damaged files
+
+
+BYTES = {bytes([i]): i for i in range(256)}
+DAMAGED = {
+    "a gap in the ids.tiktoken": dump_tiktoken(BYTES | {b"ab": 300}),
+    "an id twice.tiktoken": dump_tiktoken(BYTES | {b"ab": 255}),
+    "too short.tiktoken": dump_tiktoken(dict(list(BYTES.items())[:200])),
+    "a byte is missing.tiktoken": dump_tiktoken({bytes([i // 16, i % 16, 7]): i for i in range(256)} | {b"a": 256}),
+    "no base64.tiktoken": b"%%% 1\n" * 300,
+    "no rank.tiktoken": b"IQ==\n" * 300,
+    "binary.tiktoken": bytes(range(256)),
+    "empty.tiktoken": b"",
+    "not JSON.json": b"[1,",
+    "not a list.json": b'{"a": 1}',
+    "numbers.json": b"[1, 2]",
+    "an empty word.json": b'["a", ""]',
+    "latin-1.json": '["é"]'.encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_vocabulary_file_is_one_error_that_names_it(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(DAMAGED[name])
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(path))
+    assert str(path) in str(caught.value)
+
+
+SMALL_VOCAB = json.dumps({spelled(token): rank for token, rank in (BYTES | {b"##": 256}).items()})
+SWAPPED_VOCAB = json.dumps(json.loads(SMALL_VOCAB) | {"!!": 257})
+DAMAGED_FOLDERS = {
+    "vocab is a list": {"vocab.json": "[]", "merges.txt": "# #\n"},
+    "vocab is not JSON": {"vocab.json": "{", "merges.txt": "# #\n"},
+    "vocab lacks a byte": {"vocab.json": json.dumps({"!": 0}), "merges.txt": "# #\n"},
+    "vocab holds text": {"vocab.json": json.dumps(dict.fromkeys(json.loads(SMALL_VOCAB), "x")), "merges.txt": "# #\n"},
+    "merge of an unknown token": {"vocab.json": SMALL_VOCAB, "merges.txt": "# #\n## #\n"},
+    "merge of three": {"vocab.json": SMALL_VOCAB, "merges.txt": "# # #\n"},
+    "merges in another order": {"vocab.json": SWAPPED_VOCAB, "merges.txt": "! !\n# #\n"},
+    "no model": {"tokenizer.json": "{}"},
+    "another kind of model": {"tokenizer.json": json.dumps({"model": {"type": "WordLevel", "vocab": {}}})},
+    "not an object": {"tokenizer.json": "[]"},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_FOLDERS)
+def test_damaged_folder_is_one_error_that_names_it(name, tmp_path):
+    for file, content in DAMAGED_FOLDERS[name].items():
+        (tmp_path / file).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(None, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_named_file_or_folder_that_holds_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.tiktoken does not exist"):
+        load_tokenizer(str(tmp_path / "nowhere.tiktoken"))
+    with pytest.raises(UserError, match=r"holds neither vocab\.json"):
+        load_tokenizer(str(tmp_path))
