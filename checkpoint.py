@@ -46,6 +46,7 @@ class Position:
     step: int = 0  # optimiser steps taken in it
     best_accuracy: float = 0.0
     best_epoch: int = 0  # epochs done when it was reached
+    train_seconds: float = 0.0  # what the epoch in progress has taken so far
     metrics_bytes: int = 0  # size of metrics.jsonl at this point, and its checksum, to notice damage
     metrics_crc32: int = 0
 

@@ -228,7 +228,8 @@ def too_long(data: TokenDataset, config: Config, n_positions: int, path: str) ->
         raise UserError(f"{path}: {fact}. `drop_too_long: True` leaves them out, in training and in evaluation")
     if len(found) == len(data):
         raise UserError(f"{path}: {fact}; none would be left")
-    warn(f"{path}: LEFT OUT, because too long: {fact}. What is said of this set is about the other {len(data) - len(found):,}")
+    left = f"{len(data) - len(found):,}"
+    warn(f"{path}: LEFT OUT, because too long: {fact}. What is said of this set is about the other {left}")
     return found
 
 

@@ -27,10 +27,14 @@ from config import Config, load_config, usage
 from dataset import Data
 from evaluation import Evaluation, evaluate, validation_loss
 from metrics import MetricLog, start_wandb
+from plot import keep_curves
 from tokenizer import Tokenizer, load_tokenizer
 from train import new_optimizer, training_steps
 from utils import Progress, RunError, Stopped, StopSignals, UserError, say, warn, write_json_lines, write_text
 from weights import Source, find_source, load_model
+
+
+REDRAW = 30  # seconds between two drawings of curves.png; the last one is always drawn
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def train_through(run: Run) -> None:
     """The curriculum: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
     config = run.config
     optimizer = new_optimizer(run.model, config)
-    position = take_up(run, optimizer)
+    position, drawn = take_up(run, optimizer), 0.0
     with MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config)) as metrics, StopSignals() as stop:
         if position.metrics_bytes:
             metrics.check(position.metrics_bytes, position.metrics_crc32)
@@ -214,9 +218,13 @@ def train_through(run: Run) -> None:
             train_epoch(run, optimizer, position, metrics, stop)
             save_trained(run, position)
             stop.check()
-            result = judge(run, metrics, config.run_dir, epoch, stage, stop)
+            result = judge(run, metrics, config.run_dir, epoch, stage, position.train_seconds, stop)
             finish_epoch(run, position, result.accuracy, metrics)
+            if time.monotonic() - drawn > REDRAW and position.epoch < config.num_epochs:
+                keep_curves(config.run_dir)
+                drawn = time.monotonic()
             stop.check()
+        keep_curves(config.run_dir)
     say(f"done: {config.run_dir}")
 
 
@@ -246,7 +254,7 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
         show_first_batch(run, metrics, epoch)
     skip = position.step * config.gradient_accumulation_steps
     batches = dataset.training_batches(run.train.tokens, config, run.tokenizer, epoch, skip)
-    n_tokens, started, last_save = 0, time.monotonic(), time.monotonic()
+    n_tokens, started, last_save, earlier = 0, time.monotonic(), time.monotonic(), position.train_seconds
     title = f"Epoch {epoch + 1}/{config.num_epochs}, stage {stage}"
     with Progress(total=n_steps, initial=position.step, desc=title, unit=" steps") as bar:
         for step in training_steps(run.model, optimizer, batches, config, epoch, n_steps, position.step):
@@ -256,8 +264,9 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
                 "train/epoch": epoch + 1, "train/step": epoch * n_steps + step.number, "train/loss": step.loss,
                 "epoch": epoch + 1, "stage": stage,
             })  # fmt: skip
-            rate = n_tokens / (time.monotonic() - started)
-            bar.set_postfix(loss=f"{step.loss:.4f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            seconds = time.monotonic() - started
+            position.train_seconds = earlier + seconds
+            bar.set_postfix(loss=f"{step.loss:.4f}", tokens_per_s=f"{n_tokens / seconds:,.0f}", refresh=False)
             bar.update()
             is_last = position.step == n_steps
             is_due = time.monotonic() - last_save >= 60 * config.save_interval_minutes
@@ -291,7 +300,7 @@ def finish_epoch(run: Run, position: Position, accuracy: float, metrics: MetricL
         if config.save_only_improve and not config.debug:
             record = run.record(epochs_done, config.stage(position.epoch))
             say(f"saved {ckpt.save_checkpoint(run.model, record)}, the best so far")
-    position.epoch, position.step = epochs_done, 0
+    position.epoch, position.step, position.train_seconds = epochs_done, 0, 0.0
     if not config.debug:
         position.metrics_bytes, position.metrics_crc32 = metrics.sync()
         ckpt.move_state(config.run_dir, position)
@@ -306,11 +315,16 @@ def evaluate_only(run: Run, directory: Path) -> None:
     if min(trained_at, config.max_latent_stage) != min(stage, config.max_latent_stage):
         warn(f"{weights} was trained at stage {trained_at}; `resume: {config.resume}` evaluates it at stage {stage}")
     with MetricLog(directory / "metrics.jsonl", None) as metrics, StopSignals() as stop:
-        judge(run, metrics, directory, config.resume, stage, stop)
+        judge(run, metrics, directory, config.resume, stage, 0.0, stop)
 
 
-def judge(run: Run, metrics: MetricLog, directory: Path, epoch: int, stage: int, stop: StopSignals) -> Evaluation:
-    """Validation loss and greedy accuracy at a stage: printed, logged, and written as predictions."""
+def judge(
+    run: Run, metrics: MetricLog, directory: Path, epoch: int, stage: int, train_seconds: float, stop: StopSignals
+) -> Evaluation:
+    """Validation loss and greedy accuracy at a stage: printed, logged, and written as predictions.
+
+    train_seconds: what the epoch's training took, to be logged with them.
+    """
     config, valid = run.config, run.valid
     epochs_done = epoch if config.only_eval else epoch + 1
     loss_data = dataset.loss_batches(valid.tokens, config, run.tokenizer, epoch)
@@ -322,6 +336,7 @@ def judge(run: Run, metrics: MetricLog, directory: Path, epoch: int, stage: int,
     metrics.log({
         "eval/loss": loss, "eval/acc": result.accuracy, "eval/cot_em": result.cot_match,
         "eval/n_tokens": result.mean_tokens, "eval/seconds_per_example": result.seconds_per_example,
+        "train/seconds": train_seconds, "acc_interval": result.interval(),
         "epoch": epochs_done, "stage": stage,
     })  # fmt: skip
     return result

@@ -30,14 +30,63 @@ from pathlib import Path
 from datafiles import DataError, listed, run, write_json
 
 PEOPLE = [
-    "Alex", "Bob", "Carol", "Davis", "Eva", "Fae", "Gabriel", "Jack", "Max", "Oliver", "Polly", "Rex", "Sally",
-    "Sam", "Stella", "Tom", "Wren",
+    "Alex",
+    "Bob",
+    "Carol",
+    "Davis",
+    "Eva",
+    "Fae",
+    "Gabriel",
+    "Jack",
+    "Max",
+    "Oliver",
+    "Polly",
+    "Rex",
+    "Sally",
+    "Sam",
+    "Stella",
+    "Tom",
+    "Wren",
 ]
 CONCEPTS = [
-    "bompus", "boompus", "brimpus", "chorpus", "dumpus", "felpus", "fompus", "gerpus", "gorpus", "grimpus",
-    "gwompus", "hilpus", "impus", "jelpus", "jompus", "kerpus", "lempus", "lorpus", "numpus", "quimpus",
-    "rempus", "rompus", "rorpus", "scrompus", "shumpus", "sterpus", "storpus", "terpus", "timpus", "tumpus",
-    "vumpus", "worpus", "wumpus", "yerpus", "yimpus", "yumpus", "zhorpus", "zumpus",
+    "bompus",
+    "boompus",
+    "brimpus",
+    "chorpus",
+    "dumpus",
+    "felpus",
+    "fompus",
+    "gerpus",
+    "gorpus",
+    "grimpus",
+    "gwompus",
+    "hilpus",
+    "impus",
+    "jelpus",
+    "jompus",
+    "kerpus",
+    "lempus",
+    "lorpus",
+    "numpus",
+    "quimpus",
+    "rempus",
+    "rompus",
+    "rorpus",
+    "scrompus",
+    "shumpus",
+    "sterpus",
+    "storpus",
+    "terpus",
+    "timpus",
+    "tumpus",
+    "vumpus",
+    "worpus",
+    "wumpus",
+    "yerpus",
+    "yimpus",
+    "yumpus",
+    "zhorpus",
+    "zumpus",
 ]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -145,8 +194,34 @@ def draw_question(rng, graph, min_hops, max_hops):
 
 def invented_concepts(count):
     """Concept names beyond the official 38, for larger graphs: always the same ones in the same order."""
-    onsets = ["b", "br", "ch", "d", "f", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pr", "r", "s", "sh", "st", "t",
-              "tr", "v", "w", "y", "z", "zh"]
+    onsets = [
+        "b",
+        "br",
+        "ch",
+        "d",
+        "f",
+        "g",
+        "gr",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pr",
+        "r",
+        "s",
+        "sh",
+        "st",
+        "t",
+        "tr",
+        "v",
+        "w",
+        "y",
+        "z",
+        "zh",
+    ]
     words = (onset + vowel + coda + "pus" for coda in "lnrm" for vowel in "aeiou" for onset in onsets)
     return list(itertools.islice((word for word in words if word not in CONCEPTS), max(0, count)))
 
@@ -246,10 +321,18 @@ def parse_args(argv=None):
     add("--min-hops", type=int, default=3, help="fewest steps of an answer (default 3)")
     add("--max-hops", type=int, default=6, help="most steps of an answer (default 6)")
     add("--people", type=Path, metavar="FILE", help="names of the starting points, one a line (default: the official)")
-    add("--concepts", type=Path, metavar="FILE", help="names of the others, one a line (default: the official, and "
-        "invented ones of their kind for more than 40 nodes)")
-    add("--symbolic", action="store_true", help="compact wording, a>b;a>c;d>e?a:b/e with answer b: a letter a node up "
-        "to 52 nodes, else a number")
+    add(
+        "--concepts",
+        type=Path,
+        metavar="FILE",
+        help="names of the others, one a line (default: the official, and "
+        "invented ones of their kind for more than 40 nodes)",
+    )
+    add(
+        "--symbolic",
+        action="store_true",
+        help="compact wording, a>b;a>c;d>e?a:b/e with answer b: a letter a node up to 52 nodes, else a number",
+    )
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="where to write (default data)")
     add("--prefix", default="prosqa_generated", help="files are PREFIX_train.json and so on (default prosqa_generated)")
     options = parser.parse_args(argv)
@@ -288,8 +371,10 @@ def add_names(options):
         if len(people) < 2:
             problems.append(f"--people: at least 2 names are needed, found {len(people)}")
         if len(concepts) < options.nodes - 2:
-            problems.append(f"{'--concepts' if own else '--nodes'}: {options.nodes} nodes may need {options.nodes - 2} "
-                            f"concept names, there are {len(concepts)}")
+            problems.append(
+                f"{'--concepts' if own else '--nodes'}: {options.nodes} nodes may need {options.nodes - 2} "
+                f"concept names, there are {len(concepts)}"
+            )
         if set(people) & set(concepts):
             problems.append(f"--people and --concepts share {min(set(people) & set(concepts))!r}")
     if problems:

@@ -15,7 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"model_type": "gpt2", "n_positions": 96, "n_embd": 32, "n_layer": 2, "n_head": 2}
-TIMES = ("eval/seconds_per_example", "metrics_bytes", "metrics_crc32")  # what two equal runs may differ in
+TIMES = (
+    "eval/seconds_per_example",
+    "train/seconds",
+    "train_seconds",
+    "metrics_bytes",
+    "metrics_crc32",
+)  # what two equal runs may differ in
 SETTINGS = {
     "every epoch anew": {"reset_optimizer": True},
     "optimiser kept": {"reset_optimizer": False},

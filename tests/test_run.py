@@ -14,6 +14,7 @@ from config import FIELDS, load_config
 
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
+EVAL_KEYS |= {"train/seconds", "acc_interval"}
 PREDICTION_KEYS = {
     "idx", "question", "expected_answer", "answer", "correct", "cot", "cot_match", "output_ids", "n_tokens",
 }  # fmt: skip
@@ -60,7 +61,7 @@ def evaluate(finished, call_main, tmp_path):
 def test_a_run_leaves_its_config_metrics_predictions_and_checkpoints(finished):
     tiny, _ = finished
     predictions, checkpoints = {f"predictions_{i}.jsonl" for i in (1, 2, 3)}, {f"checkpoint_{i}" for i in (1, 2, 3)}
-    expected = {"config.yaml", "metrics.jsonl", "first_batch.txt", "state", *predictions, *checkpoints}
+    expected = {"config.yaml", "metrics.jsonl", "first_batch.txt", "curves.png", "state", *predictions, *checkpoints}
     assert names(tiny.runs / "tiny") == expected
 
 
@@ -170,7 +171,8 @@ def test_debug_limits_the_data_and_keeps_no_checkpoints(tiny, call_main):
     valid = tiny.write("many.json", [tiny_item(a, 2, 1) for a in range(1, 40)])
     outcome = call_main(tiny.config(debug=True, num_epochs=1, val_path=valid))
     assert outcome.status == 0, outcome.err
-    assert names(tiny.runs / "tiny") == {"config.yaml", "metrics.jsonl", "first_batch.txt", "predictions_1.jsonl"}
+    written = {"config.yaml", "metrics.jsonl", "first_batch.txt", "curves.png", "predictions_1.jsonl"}
+    assert names(tiny.runs / "tiny") == written
     assert len(jsonl(tiny.runs / "tiny" / "predictions_1.jsonl")) == 32
 
 

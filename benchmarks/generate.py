@@ -1,0 +1,118 @@
+"""How long greedy decoding takes, beside what PyTorch takes.
+
+    python benchmarks/generate.py                       # 64 prompts of ProsQA's lengths, 32 new tokens each
+    python benchmarks/generate.py --peer --runs 3
+    python benchmarks/generate.py --sweep examples      # values: examples=8,64; also batch, latents, length
+
+GPT-2 124M of random weights; no end token, so that every example takes all its new tokens. The peer decodes as the
+official code does, and does only --peer-examples of them; the ratio is per example. One JSON line on stdout.
+"""
+
+import argparse
+import json
+import sys
+
+import workload
+
+NO_END = -1  # an id that no token has
+
+
+def serve_ours(options: argparse.Namespace) -> None:
+    """A worker that decodes with this project's code."""
+    import cpu_blas
+    import mlx.core as mx
+
+    from coconut import Coconut
+    from dataset import Sequence, collate
+    from gpt2 import GPT2, GPT2Config
+
+    mx.random.seed(0)
+    shape = GPT2Config(
+        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
+    )
+    model = Coconut(GPT2(shape)).eval()
+    mx.eval(model.parameters())
+    sequences = [Sequence(*row) for row in prompts(options, options.examples)]
+
+    def run() -> dict:
+        for start in range(0, len(sequences), options.batch):
+            batch = collate(sequences[start : start + options.batch], pad_id=0)
+            outputs = model.generate(batch.to_mlx(), options.new_tokens, NO_END)
+            assert all(len(ids) == options.new_tokens for ids in outputs)
+            mx.clear_cache()
+        return {}
+
+    workload.serve(run, lambda: {"blas": cpu_blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)})
+
+
+def serve_peer(options: argparse.Namespace) -> None:
+    """A worker that decodes with PyTorch."""
+    import peer
+    import torch
+
+    torch.set_num_threads(options.threads)
+    model = peer.new_model(options.vocabulary, options.layers, options.width, options.heads)
+    rows = prompts(options, options.peer_examples)
+
+    def run() -> dict:
+        for row in rows:
+            peer.generate(model, row, options.new_tokens, NO_END)
+        return {}
+
+    workload.serve(run, lambda: {"torch": torch.__version__})
+
+
+def prompts(options: argparse.Namespace, n_examples: int) -> list[workload.Row]:
+    """Questions with their latents."""
+    return workload.rows(argparse.Namespace(**vars(options) | {"batch": n_examples}), labelled=False)
+
+
+def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
+    """One configuration, all sides: the fields of the JSON line."""
+    ours, *others = workload.compare(options, __file__, arguments)
+    rows = prompts(options, options.examples)
+    result = {
+        "benchmark": "generate",
+        "preset": options.preset,
+        "examples": options.examples,
+        "batch": options.batch,
+        "prompt_tokens": len(rows[0].ids),
+        "latents": rows[0].n_latents,
+        "new_tokens": options.new_tokens,
+        "seconds": round(ours.median(), 4),
+        "cpu_seconds": round(ours.median("cpu_seconds"), 4),
+        "seconds_per_example": round(ours.median() / options.examples, 5),
+        "tokens_per_second": round(options.examples * options.new_tokens / ours.median(), 2),
+        **ours.facts,
+    }
+    for other in others:
+        n_examples = options.peer_examples if other.name == "peer" else options.examples
+        found = workload.ratios(ours, other)
+        scale = options.examples / n_examples
+        result |= {key: round(value * scale, 3) if "ratio" in key else value for key, value in found.items()}
+        result[f"{other.name}_seconds_per_example"] = round(other.median() / n_examples, 5)
+    return result | workload.machine(options)
+
+
+def main() -> None:
+    parser = workload.parser(__doc__, batch=32)
+    parser.add_argument("--examples", type=int, default=64, help="prompts (default: 64)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded for each (default: 32)")
+    parser.add_argument("--peer-examples", type=int, default=2, help="prompts that the peer decodes (default: 2)")
+    parser.add_argument("--sweep", help="examples, batch, latents or length, with =VALUES where others are wanted")
+    options = parser.parse_args()
+    arguments = sys.argv[1:]
+    if options.worker:
+        (serve_ours if options.worker == "ours" else serve_peer)(options)
+        return
+    if not options.sweep:
+        print(json.dumps(measure(options, arguments)))
+        return
+    defaults = {"examples": [8, 16, 32, 64], "batch": [1, 4, 16, 32, 64], "latents": [0, 2, 6], "length": [57, 360]}
+    name, values = workload.sweep_values(options.sweep, defaults)
+    points = workload.sweep(parser, arguments, name, values, measure)
+    print(json.dumps({"benchmark": "generate", "sweep": name, "points": points}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""How long a training step takes, beside what PyTorch takes and what the processor could do.
+
+    python benchmarks/train_step.py                             # GPT-2 124M, ProsQA's lengths, 1 thread
+    python benchmarks/train_step.py --preset gsm --batch 16 --peer
+    python benchmarks/train_step.py --sweep latents             # also: batch, length; values: latents=0,6
+
+Random weights and tokens, dropout on, forward, backward and AdamW, as run.py does them. One JSON line on stdout, with
+medians over the runs; progress on stderr. sgemm_share: the products that a step cannot do without, at the speed of a
+large matrix product just before the step, as a share of the step.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+
+import workload
+
+
+def sgemm_rate(mx, width: int) -> float:
+    """Operations per second of a float32 product, the best of 5."""
+    a, b = mx.ones((2048, width)), mx.ones((width, 4 * width))
+    mx.eval(a, b)
+    return max(2 * 2048 * width * 4 * width / _seconds(lambda: mx.eval(a @ b)) for _ in range(5))
+
+
+def _seconds(run) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def serve_ours(options: argparse.Namespace) -> None:
+    """A worker that trains with this project's code."""
+    import cpu_blas
+    import mlx.core as mx
+
+    from coconut import Coconut
+    from config import Config
+    from dataset import Sequence, collate
+    from gpt2 import GPT2, GPT2Config
+    from train import new_optimizer, training_steps
+
+    mx.random.seed(0)
+    shape = GPT2Config(
+        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
+    )
+    model = Coconut(GPT2(shape))
+    config = Config(save_path="", name="", val_path="", coconut=True)
+    optimizer = new_optimizer(model, config)
+    rows = workload.rows(options)
+    flops = workload.required_flops(options, rows)
+    batches = itertools.repeat(collate([Sequence(*row) for row in rows], pad_id=0))
+    steps = training_steps(model, optimizer, batches, config, epoch=0, n_steps=10**6, first=0)
+    mx.eval(model.parameters(), optimizer.state)
+
+    def run() -> dict:
+        rate = sgemm_rate(mx, options.width)
+        cpu, started = time.process_time(), time.perf_counter()
+        loss = next(steps).loss
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        share = flops / rate / seconds
+        return {"seconds": seconds, "cpu_seconds": cpu, "sgemm_gflops": rate / 1e9, "sgemm_share": share, "loss": loss}
+
+    workload.serve(run, lambda: {"blas": cpu_blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)})
+
+
+def serve_peer(options: argparse.Namespace) -> None:
+    """A worker that trains with PyTorch."""
+    import peer
+    import torch
+
+    torch.set_num_threads(options.threads)
+    model = peer.new_model(options.vocabulary, options.layers, options.width, options.heads)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    batch = peer.collate(workload.rows(options), pad_id=0)
+    workload.serve(lambda: {"loss": peer.train_step(model, optimizer, batch)}, lambda: {"torch": torch.__version__})
+
+
+def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
+    """One configuration, all sides: the fields of the JSON line."""
+    ours, *others = workload.compare(options, __file__, arguments)
+    rows = workload.rows(options)
+    result = {
+        "benchmark": "train_step",
+        "preset": options.preset,
+        "batch": options.batch,
+        "tokens": workload.count_tokens(rows),
+        "latents": rows[0].n_latents,
+        "seconds": round(ours.median(), 4),
+        "cpu_seconds": round(ours.median("cpu_seconds"), 4),
+        "tokens_per_second": round(workload.count_tokens(rows) / ours.median(), 2),
+        "sgemm_gflops": round(ours.median("sgemm_gflops"), 1),
+        "sgemm_share": round(ours.median("sgemm_share"), 3),
+        **ours.facts,
+    }
+    for other in others:
+        result |= workload.ratios(ours, other)
+    return result | workload.machine(options)
+
+
+def main() -> None:
+    parser = workload.parser(__doc__, batch=4)
+    parser.add_argument("--sweep", help="latents, batch or length, with =VALUES where others are wanted")
+    options = parser.parse_args()
+    arguments = sys.argv[1:]
+    if options.worker:
+        (serve_ours if options.worker == "ours" else serve_peer)(options)
+        return
+    if not options.sweep:
+        print(json.dumps(measure(options, arguments)))
+        return
+    defaults = {"latents": [0, 1, 2, 4, 6, 8], "batch": [1, 2, 4, 8], "length": [57, 120, 240, 360]}
+    name, values = workload.sweep_values(options.sweep, defaults)
+    points = workload.sweep(parser, arguments, name, values, measure)
+    print(json.dumps({"benchmark": "train_step", "sweep": name, "points": points}))
+
+
+if __name__ == "__main__":
+    main()

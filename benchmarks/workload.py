@@ -1,0 +1,220 @@
+"""What train_step.py and generate.py share: the made-up batches, the model's size, the workers, and the arithmetic.
+
+Each side of a comparison is a process of its own (a worker), because two BLAS libraries in one process may clash. The
+command starts all of them, then asks for one run of each in turn, A B A B. Imports neither mlx nor torch.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+class Row(NamedTuple):
+    """One example: its latents follow the first `latent_start` ids; labels begin at `n_unlabelled`."""
+
+    ids: np.ndarray
+    latent_start: int
+    n_latents: int
+    n_unlabelled: int
+
+
+class Preset(NamedTuple):
+    """Tokens of an example."""
+
+    question: int
+    latents: int
+    rest: int
+
+
+PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30)}
+
+
+def parser(description: str, batch: int) -> argparse.ArgumentParser:
+    """The options that both commands have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--preset", choices=PRESETS, default="prosqa", help="lengths (default: %(default)s)")
+    made.add_argument("--batch", type=int, default=batch, help="examples in a batch (default: %(default)s)")
+    made.add_argument("--latents", type=int, help="thoughts; the question is lengthened to keep the number of tokens")
+    made.add_argument("--length", type=int, help="tokens of the question (default: the preset's)")
+    made.add_argument("--threads", type=int, default=1, help="threads of the BLAS, ours and theirs (default: 1)")
+    made.add_argument("--runs", type=int, default=5, help="measured runs of each side, after a first (default: 5)")
+    made.add_argument("--peer", action="store_true", help="compare with PyTorch and transformers (peer.py)")
+    made.add_argument("--own-blas", action="store_true", help="compare with the BLAS of MLX's wheel (COCONUT_BLAS=off)")
+    for name, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocabulary", 50_260)):
+        made.add_argument(f"--{name}", type=int, default=default, help="of the model (default: GPT-2 124M's)")
+    made.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    return made
+
+
+def rows(options: argparse.Namespace, labelled: bool = True, seed: int = 0) -> list[Row]:
+    """A batch of random tokens: question, start, latents, end and, for training, a labelled rest."""
+    preset = PRESETS[options.preset]
+    n_latents = preset.latents if options.latents is None else options.latents
+    question = (preset.question if options.length is None else options.length) + preset.latents - n_latents
+    start, end, latent = (options.vocabulary - i for i in (3, 2, 1))
+    rng = np.random.default_rng(seed)
+
+    def row() -> Row:
+        rest = rng.integers(0, start, preset.rest if labelled else 0)
+        parts = rng.integers(0, start, question), [start], [latent] * n_latents, [end], rest
+        return Row(np.concatenate(parts).astype(np.int32), question + 1, n_latents, question + n_latents + 2)
+
+    return [row() for _ in range(options.batch)]
+
+
+def count_tokens(batch: list[Row]) -> int:
+    """Tokens read, latents included."""
+    return sum(len(row.ids) for row in batch)
+
+
+def required_flops(options: argparse.Namespace, batch: list[Row]) -> float:
+    """Floating-point operations that a training step cannot do without.
+
+    6 x parameters without the embeddings x tokens; attention onto the tokens that may be seen; the vocabulary product
+    at labelled tokens.
+    """
+    width, layers = options.width, options.layers
+    parameters = layers * (12 * width * width + 13 * width) + 2 * width
+    pairs = sum(len(row.ids) * (len(row.ids) + 1) / 2 for row in batch)
+    n_labelled = sum(len(row.ids) - row.n_unlabelled for row in batch)
+    products = parameters * count_tokens(batch) + options.vocabulary * width * n_labelled
+    return 6.0 * products + 12.0 * layers * width * pairs
+
+
+def peak_rss() -> float:
+    """The most memory this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def serve(run: Callable[[], dict], finish: Callable[[], dict]) -> None:
+    """Be a worker: do one run for every line on stdin and answer with its figures; with the finish's at the end."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    print("{}", file=answers, flush=True)
+    for _ in sys.stdin:
+        started, cpu = time.perf_counter(), time.process_time()
+        figures = run()
+        timed = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps(timed | figures), file=answers, flush=True)
+    print(json.dumps(finish() | {"peak_rss_gb": round(peak_rss(), 3)}), file=answers, flush=True)
+
+
+class Worker:
+    """One side of a comparison, in a process of its own."""
+
+    def __init__(self, side: str, script: str, arguments: list[str], threads: int, **environment: str):
+        self.name, self.runs, self.facts = side, [], {}
+        count = str(threads)
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count} | environment
+        command = [sys.executable, script, *arguments, "--worker", "peer" if side == "peer" else "ours"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: the process of {self.name} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def ready(self) -> None:
+        """Wait until the process has made its model."""
+        self._answer()
+
+    def run(self) -> dict:
+        """Ask for one run."""
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def measure(self) -> None:
+        """One run that counts."""
+        self.runs.append(self.run())
+        figures = " ".join(f"{name} {value:.3f}" for name, value in self.runs[-1].items())
+        say(f"{self.name}: {figures}; load {os.getloadavg()[0]:.1f}")
+
+    def close(self) -> None:
+        """End the process and keep what it says of itself."""
+        self.process.stdin.close()
+        self.facts = self._answer()
+        self.process.wait()
+
+    def median(self, name: str = "seconds") -> float:
+        """The median of one figure over the runs."""
+        return statistics.median(run[name] for run in self.runs)
+
+
+def compare(options: argparse.Namespace, script: str, arguments: list[str]) -> list[Worker]:
+    """Run ours and what it is compared with in turn: -> workers, ours first."""
+    workers = [Worker("ours", script, arguments, options.threads)]
+    if options.peer:
+        workers.append(Worker("peer", script, arguments, options.threads))
+    if options.own_blas:
+        workers.append(Worker("own_blas", script, arguments, options.threads, COCONUT_BLAS="off"))
+    for worker in workers:
+        worker.ready()
+    for worker in workers:
+        worker.run()  # the first is slower: memory comes from the system
+    for _ in range(options.runs):
+        for worker in workers:
+            worker.measure()
+    for worker in workers:
+        worker.close()
+    return workers
+
+
+def ratios(ours: Worker, other: Worker) -> dict:
+    """How many times as long the other takes: of medians, of pairs, and in CPU seconds."""
+    pairs = [b["seconds"] / a["seconds"] for a, b in zip(ours.runs, other.runs, strict=True)]
+    return {
+        f"{other.name}_seconds": round(other.median(), 4),
+        f"{other.name}_peak_rss_gb": other.facts["peak_rss_gb"],
+        f"ratio_to_{other.name}": round(other.median() / ours.median(), 3),
+        f"ratio_to_{other.name}_of_pairs": round(statistics.median(pairs), 3),
+        f"ratio_to_{other.name}_cpu": round(other.median("cpu_seconds") / ours.median("cpu_seconds"), 3),
+    }
+
+
+def machine(options: argparse.Namespace) -> dict:
+    """Where this was measured."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":")[1].strip() if lines else model
+    load = round(os.getloadavg()[0], 2)
+    return {"processor": model, "cores": os.cpu_count(), "threads": options.threads, "load": load}
+
+
+def sweep_values(text: str, defaults: dict[str, list[int]]) -> tuple[str, list[int]]:
+    """`latents` or `latents=0,6` -> the option's name and its values."""
+    name, _, values = text.partition("=")
+    if name not in defaults:
+        raise SystemExit(f"error: --sweep {name}: choose from {', '.join(defaults)}")
+    return name, [int(value) for value in values.split(",")] if values else defaults[name]
+
+
+def sweep(make: argparse.ArgumentParser, arguments: list[str], name: str, values: list[int], measure) -> list[dict]:
+    """The measurement at each value of one option."""
+    points = []
+    for value in values:
+        changed = [*arguments, f"--{name}", str(value)]
+        say(f"{name} {value}")
+        points.append({name: value} | measure(make.parse_args(changed), changed))
+    return points
+
+
+def say(text: str) -> None:
+    """Progress, beside the result on stdout."""
+    print(text, file=sys.stderr, flush=True)
