@@ -41,7 +41,7 @@ $(BIN)/python:
 
 $(RUNTIME): requirements.txt | $(BIN)/python
 	@echo "installing into $(VENV)"
-	sed 's/mlx\[cpu\]/mlx[$(if $(CUDA),cuda13,cpu)]/' requirements.txt > $(VENV)/requirements.txt
+	@sed 's/mlx\[cpu\]/mlx[$(if $(CUDA),cuda13,cpu)]/' requirements.txt > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
 	@touch $@
 

@@ -30,7 +30,11 @@ DURATION = "about 5 minutes on two CPU cores, less on a Mac"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version: an eighth of the data, so that epochs are short; too few steps to learn from.
 QUICK_DATA = ["--prefix", "chains_quick", "--train", "2500", "--valid", "200"]
-QUICK_KEYS = ["train_path=data/chains_quick_train.json", "val_path=data/chains_quick_valid.json"]
+QUICK_KEYS = [
+    "train_path=data/chains_quick_train.json",
+    "val_path=data/chains_quick_valid.json",
+    "tokenizer=data/chains_quick_vocabulary.json",
+]
 
 
 @dataclass(frozen=True)
