@@ -12,6 +12,8 @@ import pytest
 from survival import SETTINGS, Trial, differences
 
 import run as run_module
+from checkpoint import Position, prune
+from config import Config
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,41 @@ def test_a_full_disk_leaves_the_last_state_intact_and_the_run_can_go_on(small_di
     (small_disk / "filler").unlink()
     trial.finish()
     assert differences(undisturbed, trial) == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "best", "left"), [(1, 2, {2, 5}), (2, 5, {4, 5}), (2, 0, {4, 5}), ("all", 1, {1, 2, 3, 4, 5})]
+)
+def test_the_newest_checkpoints_and_the_best_are_kept(kept, best, left, tmp_path):
+    """keep_checkpoints: N | all; files of other programs are never touched."""
+    run_dir = tmp_path / "run"
+    for epoch in range(1, 6):
+        (run_dir / f"checkpoint_{epoch}").mkdir(parents=True)
+    (run_dir / "checkpoint_1.safetensors").write_bytes(b"the older port's")
+    config = Config(save_path=str(tmp_path), name="run", val_path="x", cot=True, keep_checkpoints=kept)
+    prune(config, Position(epoch=5, best_epoch=best))
+    assert {int(path.name.split("_")[1]) for path in run_dir.iterdir() if path.is_dir()} == left
+    assert (run_dir / "checkpoint_1.safetensors").exists()
+
+
+def test_a_harmless_change_of_the_configuration_is_taken_over_with_a_note(two_of_three, tmp_path, capsys):
+    """More epochs and another learning rate: the run goes on."""
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    assert run_module.main([*resume_command(tmp_path / "copy"), "lr=0.0005"]) == 0
+    printed = capsys.readouterr().out
+    assert "changed since the last start: num_epochs: was 2, is 3" in printed
+    assert "changed since the last start: lr: was 0.001, is 0.0005" in printed
+
+
+@pytest.mark.parametrize("change", ["c_thought=2", "seed=7", "batch_size_training=8", "coconut=False cot=True"])
+def test_a_change_that_makes_it_another_run_is_refused_with_the_difference(change, two_of_three, tmp_path, capsys):
+    """Method, data, model and what the numbers depend on; nothing in the directory changes."""
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    command = [*resume_command(tmp_path / "copy"), *change.split()]
+    before = {path: path.read_bytes() for path in (tmp_path / "copy" / "runs").rglob("*") if path.is_file()}
+    assert run_module.main(command) == 2
+    printed = capsys.readouterr().err
+    name, _, value = change.split()[-1].partition("=")
+    assert f"{name}: was " in printed
+    assert f"is {value}" in printed
+    assert {path: path.read_bytes() for path in (tmp_path / "copy" / "runs").rglob("*") if path.is_file()} == before

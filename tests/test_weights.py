@@ -296,3 +296,24 @@ def test_without_torch_its_files_are_an_error_that_says_what_to_install(referenc
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="pip install torch"):
         read_tensors(path)
+
+
+def test_a_run_directory_of_the_official_code_is_resumed(tmp_path, capsys):
+    """Files of torch.save named checkpoint_N, among stray ones; the epochs behind N are trained."""
+    from survival import Trial
+
+    import run
+
+    trial = Trial(tmp_path / "moved", {"num_epochs": 3, "reset_optimizer": True})
+    trial.finish()
+    official = tmp_path / "official" / "trial"
+    official.mkdir(parents=True)
+    tensors = read_tensors(trial.run_dir / "checkpoint_2")
+    state = {f"base_causallm.{name}": torch.tensor(np.array(tensor)) for name, tensor in tensors.items()}
+    torch.save(state, official / "checkpoint_2")
+    (official / "checkpoint_12.pt").write_bytes(b"stray")
+    (official / "wandb").mkdir()
+    assert run.main([str(trial.folder / "trial.yaml"), f"save_path={official.parent}"]) == 0
+    ours, expected = (read_tensors(folder / "checkpoint_3") for folder in (official, trial.run_dir))
+    assert all(mx.array_equal(ours[name], expected[name]).item() for name in expected)
+    assert "going on from" in capsys.readouterr().out
