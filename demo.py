@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "preprocessing"))
 import chains  # noqa: E402
 
 TITLES = {"no_cot": "No-CoT", "cot": "CoT", "coconut": "Coconut", "no_thoughts": "Coconut without thoughts"}
-DURATION = "about 5 minutes on two CPU cores, less on a Mac"
+DURATION = "about 6 minutes on two CPU cores, less on a Mac"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version: an eighth of the data, so that epochs are short; too few steps to learn from.
 QUICK_DATA = ["--prefix", "chains_quick", "--train", "2500", "--valid", "200"]
