@@ -13,7 +13,7 @@ import cpu_blas
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cpu_blas acts on Linux only")
 ROOT = Path(cpu_blas.__file__).parent
-OURS = "(scipy-openblas32), "
+OURS = "(scipy-openblas32, "
 # What cpu_blas imports, so that a test can put its own idea of the platform or of the packages in place before it.
 STDLIB = "import contextlib, ctypes, os, shutil, subprocess, sys, tempfile, pathlib; from importlib import metadata\n"
 IMPORT = "import cpu_blas; print(cpu_blas.describe())\n"
@@ -126,13 +126,13 @@ def test_unusable_library_is_one_clear_error(cache, library):
 
 def test_named_library(cache, copy):
     out, err = run(IMPORT, cache, COCONUT_BLAS=str(copy))
-    assert re.fullmatch(r"OpenBLAS [\d.]+ \(COCONUT_BLAS\), \d+ threads?\n", out) and not err
+    assert re.fullmatch(r"OpenBLAS [\d.]+ \(COCONUT_BLAS, \w+\), \d+ threads?\n", out) and not err
 
 
 def test_system_library_comes_before_the_wheel(cache, copy, tmp_path):
     (tmp_path / "libopenblas.so.0").symlink_to(copy)
     out, _ = run(IMPORT, tmp_path / "unused", LD_LIBRARY_PATH=str(tmp_path))
-    assert "(libopenblas.so.0)" in out and not (tmp_path / "unused").exists()
+    assert "(libopenblas.so.0, " in out and not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize(
@@ -243,3 +243,19 @@ def test_default_threads_are_half_of_the_cores_allowed(monkeypatch, tmp_path, li
     if limit:
         (tmp_path / "cpu.max").write_text(limit + "\n")
     assert cpu_blas.default_threads(str(tmp_path / "cpu.max")) == threads
+
+
+@pytest.mark.parametrize("setting, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, False)])
+def test_freed_memory_is_kept_unless_the_user_set_malloc_up(cache, setting, kept):
+    """Array after array of 100 MB: the second needs no page from the system."""
+    code = """
+import cpu_blas, resource
+n = 100_000_000
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b"x" * n
+before = faults()
+b"x" * n
+print(faults() - before)
+"""
+    n_faults = int(run(code, cache, **setting)[0])
+    assert n_faults < 100 if kept else n_faults > 1000

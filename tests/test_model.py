@@ -1,5 +1,7 @@
 """The model equals its definition: the thought loop, decoding, accumulation, names, dropout, determinism."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,10 +11,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from coconut import Coconut
+from coconut import Coconut, visible
 from config import Config
 from dataset import Sequence, collate
-from gpt2 import GPT2, MLP, Attention, GPT2Config
+from gpt2 import GPT2, MLP, Attention, GPT2Config, dropout_mask, random_keys
 from train import new_optimizer, training_steps
 
 VOCABULARY = 50
@@ -382,13 +384,81 @@ def test_dropout_of_the_attention(place):
     off = attention.resid_dropout if place == "attention" else attention.attn_dropout
     off.eval()
     x = mx.random.normal((5000, 1, 16))
-    assert_dropout(attention(x, ALONE, None)[0], 0.3 if place == "attention" else 0.4)
-    assert (attention.eval()(x, ALONE, None)[0] == 1).all().item()
+    assert_dropout(attention(x, ALONE, None, random_keys(2))[0], 0.3 if place == "attention" else 0.4)
+    assert (attention.eval()(x, ALONE, None, [None, None])[0] == 1).all().item()
 
 
 def test_dropout_of_the_mlp():
     mlp = MLP(DROPOUTS)
     mlp.c_proj.bias = mx.ones(16)
     x = mx.zeros((5000, 1, 16))
-    assert_dropout(mlp(x), 0.4)
-    assert (mlp.eval()(x) == 1).all().item()
+    assert_dropout(mlp(x, random_keys(1)[0]), 0.4)
+    assert (mlp.eval()(x, None) == 1).all().item()
+
+
+def test_attention_in_blocks_of_queries_is_plain_attention():
+    """300 columns behind a cache of 40 and padding on both sides: outputs and gradients of the fused form."""
+    attention = Attention(dataclasses.replace(DROPOUTS, n_head=2)).eval()
+    mx.random.seed(4)
+    q, gradient = mx.random.normal((2, 2, 300, 8)), mx.random.normal((2, 2, 300, 8))
+    k, v = mx.random.normal((2, 2, 340, 8)), mx.random.normal((2, 2, 340, 8))
+    real = (mx.arange(340) >= mx.array([[0], [30]])) & (mx.arange(340) < mx.array([[310], [340]]))
+    mask = visible(real)[:, :, 40:]
+    seen = mask.any(axis=-1, keepdims=True)  # padding that sees nothing may give anything finite
+
+    def by_blocks(q, k, v):
+        return (mx.where(seen, attention._attend(q, k, v, mask, None), 0) * gradient).sum()
+
+    def fused(q, k, v):
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)
+        return (mx.where(seen, out, 0) * gradient).sum()
+
+    ours = mx.value_and_grad(by_blocks, argnums=(0, 1, 2))(q, k, v)
+    expected = mx.value_and_grad(fused, argnums=(0, 1, 2))(q, k, v)
+    assert ours[0].item() == pytest.approx(expected[0].item(), rel=1e-4)
+    for found, wanted in zip(ours[1], expected[1], strict=True):
+        np.testing.assert_allclose(np.array(found), np.array(wanted), atol=2e-5)
+
+
+def test_gradient_through_dropped_attention():
+    """By MLX's own derivatives, block by block with the same masks; every block of queries drops others."""
+    attention = Attention(DROPOUTS)
+    mx.random.seed(6)
+    q, k, v, weight = (mx.random.normal((2, 3, 260, 4)) for _ in range(4))
+    mask, key = visible(mx.ones((2, 260), dtype=mx.bool_)), random_keys(1)[0]
+    parts = [(0, 128), (128, 256), (256, 260)]
+    keeps = [
+        dropout_mask(key, (2, 3, end - start, end), 0.3)
+        for (start, end), key in zip(parts, mx.random.split(key, 3), strict=True)
+    ]
+    assert not mx.array_equal(keeps[0][..., 0], keeps[1][..., 0]).item()
+
+    def plain(q, k, v):
+        out = []
+        for (start, end), keep in zip(parts, keeps, strict=True):
+            scores = q[:, :, start:end] @ k[:, :, :end].swapaxes(-1, -2) / 2
+            weights = mx.softmax(mx.where(mask[:, :, start:end, :end], scores, -1e9), axis=-1)
+            out.append((weights * keep / 0.7) @ v[:, :, :end])
+        return (mx.concatenate(out, axis=2) * weight).sum()
+
+    def ours(q, k, v):
+        return (attention._attend(q, k, v, mask, key) * weight).sum()
+
+    expected = mx.value_and_grad(plain, argnums=(0, 1, 2))(q, k, v)
+    found = mx.value_and_grad(ours, argnums=(0, 1, 2))(q, k, v)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    for gradient, wanted in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(np.array(gradient), np.array(wanted), atol=1e-5)
+
+
+def test_recomputation_gives_the_same_gradient():
+    """grad_checkpoint, dropout on: bit for bit, where mx.checkpoint beside nn.Dropout draws other masks."""
+    model = Coconut(GPT2(dataclasses.replace(DROPOUTS, n_positions=40, n_layer=2)))
+    batch = collate([Sequence(np.arange(12) % 9, 4, 2, 7), Sequence(np.arange(9) % 9, 3, 1, 5)], pad_id=0).to_mlx()
+    results = []
+    for model.transformer.grad_checkpoint in (False, True):
+        mx.random.seed(3)
+        results.append(nn.value_and_grad(model, lambda batch: model(batch))(batch))
+    assert results[0][0].item() == results[1][0].item()
+    for (name, plain), (_, again) in zip(*(tree_flatten(gradient) for _, gradient in results), strict=True):
+        assert mx.array_equal(plain, again).item() and mx.abs(plain).max().item() > 0, name
