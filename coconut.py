@@ -30,10 +30,11 @@ class Batch(NamedTuple):
     targets: mx.array  # [N] int, the labelled tokens
     weights: mx.array  # [N] float, 1 or 0
     last: mx.array  # [B] int, column of the row's last real token
+    share: float = 1.0  # of a micro-batch's labelled tokens, the part in this batch
 
     def to_mlx(self) -> "Batch":
         """The batch with MLX arrays (the collator makes numpy ones, which may cross threads)."""
-        return Batch(*(value if isinstance(value, int) else mx.array(value) for value in self))
+        return Batch(*(value if isinstance(value, (int, float)) else mx.array(value) for value in self))
 
 
 class Coconut(nn.Module):

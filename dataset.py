@@ -3,7 +3,9 @@
 The curriculum is a function from (example, stage) to a sequence, written after the official dataset.py.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +79,11 @@ class Sequence(NamedTuple):
     n_latents: int
     n_unlabelled: int
 
+    @property
+    def n_labelled(self) -> int:
+        """Tokens that count in the loss."""
+        return len(self.ids) - self.n_unlabelled
+
 
 def training_counts(stage: int, n_steps: int, config: Config) -> tuple[int, int]:
     """(steps dropped, latents put in) of one training item (official get_cot_latent_dataset).
@@ -126,23 +133,27 @@ def item_stages(n_steps: np.ndarray, epoch: int, config: Config) -> np.ndarray:
 
 
 def training_batches(
-    data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int, skip: int = 0
-) -> Iterator[Batch]:
-    """The epoch's micro-batches, shuffled as a function of seed and epoch alone; the first `skip` left out."""
+    data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int, skip: int = 0, n_parts: int = 1
+) -> Iterator[list[Batch]]:
+    """The epoch's micro-batches, shuffled as a function of seed and epoch alone; the first `skip` left out.
+
+    Each comes in up to n_parts parts (see in_parts).
+    """
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data))
-    return _labelled_batches(data, order, config, tokenizer, epoch, skip)
-
-
-def loss_batches(data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int) -> Iterator[Batch]:
-    """The validation set in file order, as training sequences of the epoch's stage (official dataset_loss_val)."""
-    return _labelled_batches(data, np.arange(len(data)), config, tokenizer, epoch, 0)
-
-
-def _labelled_batches(data, order, config, tokenizer, epoch, skip) -> Iterator[Batch]:
     stages = item_stages(data.n_steps, epoch, config)
     size = config.batch_size_training
     for start in range(skip * size, len(order), size):
         chosen = order[start : start + size]
+        sequences = [training_sequence(data[i], int(stages[i]), config, tokenizer) for i in chosen]
+        yield in_parts(sequences, n_parts, tokenizer.eos_id)
+
+
+def loss_batches(data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int) -> Iterator[Batch]:
+    """The validation set in file order, as training sequences of the epoch's stage (official dataset_loss_val)."""
+    stages = item_stages(data.n_steps, epoch, config)
+    size = config.batch_size_training
+    for start in range(0, len(data), size):
+        chosen = range(start, min(start + size, len(data)))
         yield collate([training_sequence(data[i], int(stages[i]), config, tokenizer) for i in chosen], tokenizer.eos_id)
 
 
@@ -159,6 +170,38 @@ def prompt_batches(
     for start in range(0, len(order), config.batch_size_eval):
         chosen = order[start : start + config.batch_size_eval].tolist()
         yield chosen, collate([prompt_sequence(data[i], stage, config, tokenizer) for i in chosen], tokenizer.eos_id)
+
+
+def in_parts(sequences: list[Sequence], n_parts: int, pad_id: int) -> list[Batch]:
+    """A micro-batch in up to n_parts batches, rows of like length together: less padding, and as much work in each.
+
+    Their losses times their shares add up to the mean over the micro-batch's labelled tokens.
+    """
+    ordered = sorted(sequences, key=lambda s: len(s.ids))
+    n_labelled = sum(s.n_labelled for s in ordered)
+    bounds = _bounds([len(s.ids) for s in ordered], n_parts)
+    return [
+        collate(part, pad_id)._replace(share=sum(s.n_labelled for s in part) / n_labelled)
+        for part in (ordered[start:end] for start, end in pairwise(bounds))
+    ]
+
+
+def _bounds(lengths: list[int], n_parts: int) -> list[int]:
+    """Where to cut rows of rising length, [0, ..., number of rows], so that the largest part is as small as can be.
+
+    A part is as large as its rows times its longest row.
+    """
+    longest = lengths[-1]
+    sizes = range(longest, len(lengths) * longest + 1)
+    return _cut(lengths, sizes[bisect_left(sizes, True, key=lambda size: len(_cut(lengths, size)) <= n_parts + 1)])
+
+
+def _cut(lengths: list[int], size: int) -> list[int]:
+    """Cut off parts of at most a size, from the longest rows down."""
+    bounds = [len(lengths)]
+    while bounds[0]:
+        bounds.insert(0, max(0, bounds[0] - size // lengths[bounds[0] - 1]))
+    return bounds
 
 
 def collate(sequences: list[Sequence], pad_id: int, multiple: int = 8) -> Batch:
@@ -239,8 +282,12 @@ def _listed(items) -> str:
     return f"item{'s' * (len(items) > 1)} {', '.join(map(str, items[:SHOWN]))}{more}"
 
 
-def describe_batch(batch: Batch, tokenizer: Tokenizer) -> str:
-    """Every token of a batch with its id and label, one a line (the official data_table)."""
+def describe_batch(parts: list[Batch], tokenizer: Tokenizer) -> str:
+    """Every token of a micro-batch with its id and label, one a line (the official data_table)."""
+    return "\n".join(line for batch in parts for line in _described(batch, tokenizer)) + "\n"
+
+
+def _described(batch: Batch, tokenizer: Tokenizer) -> list[str]:
     labels = np.full(batch.ids.size, -100)
     labelled = batch.weights > 0
     labels[batch.predict[labelled] + 1] = batch.targets[labelled]
@@ -250,4 +297,4 @@ def describe_batch(batch: Batch, tokenizer: Tokenizer) -> str:
             f"{i} {label} {tokenizer.spell(i)!r}" for i, label in zip(ids.tolist(), row_labels.tolist(), strict=True)
         ]
         lines.append("=" * 40)
-    return "\n".join(lines) + "\n"
+    return lines

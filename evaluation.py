@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import cpu_blas  # noqa: F401  must come before mlx
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.core as mx
 from coconut import Batch, Coconut
 from config import Config
 from examples import Example
+from streams import spread, streams
 from tokenizer import Tokenizer
 from utils import Progress
 
@@ -67,10 +69,14 @@ def validation_loss(model: Coconut, batches: Iterable[Batch], n_batches: int) ->
     """Cross-entropy per labelled token over all batches (the official code averages the batches' means)."""
     model.eval()
     total = count = 0.0
-    for batch in Progress(batches, total=n_batches, desc="Validation loss", unit=" batches", leave=False):
-        n_labelled = float(batch.weights.sum())
-        total += model(batch.to_mlx()).item() * n_labelled
-        count += n_labelled
+    batches = iter(Progress(batches, total=n_batches, desc="Validation loss", unit=" batches", leave=False))
+    while together := list(islice(batches, len(streams()))):
+        losses = spread(lambda batch: model(batch.to_mlx()), together)
+        mx.eval(losses)
+        for batch, loss in zip(together, losses, strict=True):
+            n_labelled = float(batch.weights.sum())
+            total += loss.item() * n_labelled
+            count += n_labelled
     return total / count
 
 

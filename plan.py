@@ -9,6 +9,7 @@ import mlx.core as mx
 from coconut import Coconut
 from config import Config
 from dataset import Data, prompt_latents, training_batches, training_counts
+from streams import streams
 from tokenizer import Tokenizer
 from train import new_optimizer, training_steps
 from utils import human_size
@@ -34,7 +35,7 @@ def measured_step(config: Config, model: Coconut, tokenizer: Tokenizer, data: Da
     """Time and memory of one optimiser step at this epoch's stage (the second of two: the first warms up)."""
     mx.reset_peak_memory()
     group = 2 * config.gradient_accumulation_steps
-    batches = islice(training_batches(data.tokens, config, tokenizer, epoch), group)
+    batches = islice(training_batches(data.tokens, config, tokenizer, epoch, n_parts=len(streams())), group)
     seconds, last = 0.0, time.perf_counter()
     for _ in training_steps(model, new_optimizer(model, config), batches, config, epoch, n_steps, 0):
         seconds, last = time.perf_counter() - last, time.perf_counter()

@@ -28,6 +28,7 @@ from dataset import Data
 from evaluation import Evaluation, evaluate, validation_loss
 from metrics import MetricLog, start_wandb
 from plot import keep_curves
+from streams import streams
 from tokenizer import Tokenizer, load_tokenizer
 from train import new_optimizer, training_steps
 from utils import Progress, RunError, Stopped, StopSignals, UserError, say, warn, write_json_lines, write_text
@@ -253,7 +254,7 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
     if position.step == 0:
         show_first_batch(run, metrics, epoch)
     skip = position.step * config.gradient_accumulation_steps
-    batches = dataset.training_batches(run.train.tokens, config, run.tokenizer, epoch, skip)
+    batches = dataset.training_batches(run.train.tokens, config, run.tokenizer, epoch, skip, len(streams()))
     n_tokens, started, last_save, earlier = 0, time.monotonic(), time.monotonic(), position.train_seconds
     title = f"Epoch {epoch + 1}/{config.num_epochs}, stage {stage}"
     with Progress(total=n_steps, initial=position.step, desc=title, unit=" steps") as bar:
@@ -279,8 +280,8 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
 
 def show_first_batch(run: Run, metrics: MetricLog, epoch: int) -> None:
     """Write the epoch's first batch, token by token with its labels, to first_batch.txt and wandb."""
-    first = next(dataset.training_batches(run.train.tokens, run.config, run.tokenizer, epoch))
-    text = dataset.describe_batch(first, run.tokenizer)
+    parts = next(dataset.training_batches(run.train.tokens, run.config, run.tokenizer, epoch))
+    text = dataset.describe_batch(parts, run.tokenizer)
     write_text(run.config.run_dir / "first_batch.txt", text)
     metrics.log_text("data_table", epoch * run.steps_per_epoch, text)
 

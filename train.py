@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from coconut import Batch, Coconut
 from config import Config
+from streams import spread
 from utils import RunError
 
 
@@ -37,7 +39,7 @@ def new_optimizer(model: Coconut, config: Config) -> optim.AdamW:
 def training_steps(
     model: Coconut,
     optimizer: optim.AdamW,
-    batches: Iterable[Batch],
+    batches: Iterable[list[Batch]],
     config: Config,
     epoch: int,
     n_steps: int,
@@ -45,13 +47,14 @@ def training_steps(
 ) -> Iterator[Step]:
     """Train on micro-batches, gradient_accumulation_steps of them to a step; yields after every optimiser step.
 
-    n_steps: optimiser steps of a whole epoch; first: the one that `batches` begins with.
+    batches: micro-batches in parts (see dataset.in_parts); n_steps: optimiser steps of a whole epoch; first: the one
+    that `batches` begins with.
 
     Dropout is a function of seed, epoch and step, so that a run taken up at any step goes on as if never stopped.
     Raises RunError at the first loss that is not finite, before it touches the weights.
     """
     model.train()
-    loss_and_gradient = nn.value_and_grad(model, lambda batch: model(batch))
+    loss_and_gradient = nn.value_and_grad(model, lambda batch: model(batch) * batch.share)
     batches = iter(batches)
     for number in count(first):
         group = list(islice(batches, config.gradient_accumulation_steps))
@@ -70,7 +73,7 @@ def training_steps(
             optimizer.learning_rate = config.lr * min(1.0, (epoch * n_steps + number + 1) / config.warmup_steps)
         optimizer.update(model, gradient)
         mx.eval(model.parameters(), optimizer.state)
-        yield Step(number, loss, int(sum(batch.real.sum() for batch in group)))
+        yield Step(number, loss, int(sum(part.real.sum() for parts in group for part in parts)))
 
 
 def clipped(gradient, max_norm: float):
@@ -81,17 +84,18 @@ def clipped(gradient, max_norm: float):
     return tree_map(lambda g: g * scale, gradient)
 
 
-def _accumulate(loss_and_gradient, group: list[Batch], n_accumulated: int):
+def _accumulate(loss_and_gradient, group: list[list[Batch]], n_accumulated: int):
     """Mean loss of the micro-batches and their summed gradient / n_accumulated.
 
     An incomplete last group is divided by the full count too, as the official run.py does. Each micro-batch is
-    evaluated before the next is begun, so that memory holds the activations of one.
+    evaluated before the next is begun, so that memory holds the activations of one; its parts at once.
     """
     losses, total = [], None
-    for batch in group:
-        loss, gradient = loss_and_gradient(batch.to_mlx())
-        gradient = tree_map(lambda g: g / n_accumulated, gradient) if n_accumulated > 1 else gradient
-        total = gradient if total is None else tree_map(mx.add, total, gradient)
+    for parts in group:
+        results = spread(lambda part: loss_and_gradient(part.to_mlx()), parts)
+        gradients = [tree_map(lambda g: g / n_accumulated, g) if n_accumulated > 1 else g for _, g in results]
+        total = reduce(lambda a, b: tree_map(mx.add, a, b), gradients if total is None else [total, *gradients])
+        loss = sum(loss for loss, _ in results)
         mx.eval(loss, total)
         losses.append(loss.item())
     return sum(losses) / len(losses), total

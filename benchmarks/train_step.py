@@ -38,8 +38,9 @@ def serve_ours(options: argparse.Namespace) -> None:
 
     from coconut import Coconut
     from config import Config
-    from dataset import Sequence, collate
+    from dataset import Sequence, in_parts
     from gpt2 import GPT2, GPT2Config
+    from streams import streams
     from train import new_optimizer, training_steps
 
     mx.random.seed(0)
@@ -51,7 +52,7 @@ def serve_ours(options: argparse.Namespace) -> None:
     optimizer = new_optimizer(model, config)
     rows = workload.rows(options)
     flops = workload.required_flops(options, rows)
-    batches = itertools.repeat(collate([Sequence(*row) for row in rows], pad_id=0))
+    batches = itertools.repeat(in_parts([Sequence(*row) for row in rows], len(streams()), pad_id=0))
     steps = training_steps(model, optimizer, batches, config, epoch=0, n_steps=10**6, first=0)
     mx.eval(model.parameters(), optimizer.state)
 

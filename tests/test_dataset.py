@@ -1,6 +1,7 @@
 """Tokens, curriculum, batches: nothing lost or invented, labels where they belong, for any texts, stage and method."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -271,21 +272,42 @@ CURRICULUM = {"c_thought": 2, "max_latent_stage": 2, "batch_size_training": 4, "
 
 def test_an_epoch_shows_every_item_once_in_a_new_order():
     data, config = small_set(), make_config(**CURRICULUM)
-    epochs = [questions(dataset.training_batches(data, config, TOKENIZER, epoch)) for epoch in (0, 0, 1)]
+    epochs = [questions(chain(*dataset.training_batches(data, config, TOKENIZER, epoch))) for epoch in (0, 0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[2]) == sorted(f"What is {i}" for i in range(11))
     assert epochs[0] == epochs[1] != epochs[2]
-    assert epochs[0] != questions(dataset.training_batches(data, make_config(**CURRICULUM, seed=1), TOKENIZER, 0))
+    other = dataset.training_batches(data, make_config(**CURRICULUM, seed=1), TOKENIZER, 0)
+    assert epochs[0] != questions(chain(*other))
 
 
 @pytest.mark.parametrize("skip", range(5))
 def test_a_resumed_epoch_goes_on_where_it_stopped(skip):
     data, config = small_set(), make_config(**CURRICULUM, uniform_prob=0.5)
-    whole = list(dataset.training_batches(data, config, TOKENIZER, 1))
-    rest = list(dataset.training_batches(data, config, TOKENIZER, 1, skip))
+    whole = list(dataset.training_batches(data, config, TOKENIZER, 1, n_parts=2))
+    rest = list(dataset.training_batches(data, config, TOKENIZER, 1, skip, n_parts=2))
     assert dataset.count_batches(len(data), config) == len(whole) == 3
     assert len(rest) == max(0, 3 - skip)
-    for one, other in zip(whole[skip:], rest, strict=True):
+    for one, other in zip(chain(*whole[skip:]), chain(*rest), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "lengths, parts",
+    [([5, 9, 5, 9], [[5, 5], [9, 9]]), ([7], [[7]]), ([3, 3, 3], [[3], [3, 3]]), ([4, 30, 4, 4], [[4, 4, 4], [30]])],
+)
+def test_a_micro_batch_in_parts_of_like_length(lengths, parts):
+    """Every row once, with its share of the labelled tokens; n_unlabelled is 2, so a row of 5 has 3 of them."""
+    rows = [dataset.Sequence(np.arange(n), 1, 0, 2) for n in lengths]
+    batches = dataset.in_parts(rows, 2, PAD)
+    assert [batch.real.sum(axis=1).tolist() for batch in batches] == parts
+    counts = [sum(n - 2 for n in part) for part in parts]
+    assert [batch.share for batch in batches] == pytest.approx([n / sum(counts) for n in counts])
+    [whole] = dataset.in_parts(rows, 1, PAD)
+    assert whole.real.sum(axis=1).tolist() == sorted(lengths) and whole.share == 1
+
+
+def test_six_parts_of_four_rows_are_four():
+    rows = [dataset.Sequence(np.arange(n), 1, 0, 2) for n in (3, 4, 5, 6)]
+    assert sum(len(batch.ids) for batch in dataset.in_parts(rows, 6, PAD)) == 4
 
 
 def test_validation_loss_goes_through_the_file_in_order():
@@ -306,8 +328,8 @@ def test_prompts_come_with_their_indices_by_length():
 
 def test_a_described_batch_shows_ids_and_labels():
     data = tokens_of([Example("What", ["a"], "1")])
-    [batch] = dataset.training_batches(data, make_config(**CURRICULUM), TOKENIZER, 1)
-    lines = dataset.describe_batch(batch, TOKENIZER).splitlines()
+    [[batch]] = dataset.training_batches(data, make_config(**CURRICULUM), TOKENIZER, 1)
+    lines = dataset.describe_batch([batch], TOKENIZER).splitlines()
     assert lines[-1] == "=" * 40
     real = [line for line, kept in zip(lines, batch.real[0], strict=False) if kept]
     what, newline, hashes = (TOKENIZER.encode(text)[0] for text in ("What", "\n", "###"))

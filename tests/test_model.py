@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from coconut import Coconut, visible
 from config import Config
-from dataset import Sequence, collate
+from dataset import Sequence, collate, in_parts
 from gpt2 import GPT2, MLP, Attention, GPT2Config, dropout_mask, random_keys
 from train import new_optimizer, training_steps
 
@@ -264,8 +264,8 @@ def sgd_steps(batches, **keys) -> tuple[list, dict]:
 def test_accumulated_equals_one_big_batch():
     """Four micro-batches with equally many labelled tokens give the loss and gradient of their union."""
     rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0), (9, 1)], n_labelled=3)
-    micro = [collate(rows[i : i + 2], 0) for i in range(0, 8, 2)]
-    [big], big_change = sgd_steps([collate(rows, 0)], gradient_accumulation_steps=1)
+    micro = [in_parts(rows[i : i + 2], 1, pad_id=0) for i in range(0, 8, 2)]
+    [big], big_change = sgd_steps([in_parts(rows, 1, pad_id=0)], gradient_accumulation_steps=1)
     [step], change = sgd_steps(micro, gradient_accumulation_steps=4)
     assert step.loss == pytest.approx(big.loss, rel=1e-6)
     assert step.n_tokens == big.n_tokens == sum(len(row.ids) for row in rows)
@@ -274,9 +274,21 @@ def test_accumulated_equals_one_big_batch():
     assert max(np.abs(value).max() for value in big_change.values()) > 1e-3
 
 
+@pytest.mark.parametrize("n_parts", [2, 3])
+def test_parts_on_several_streams_equal_one_batch(n_parts):
+    rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0)])
+    [whole], change = sgd_steps([in_parts(rows, 1, pad_id=0)], gradient_accumulation_steps=1)
+    parts = in_parts(rows, n_parts, pad_id=0)
+    assert len(parts) == n_parts
+    [step], change_of_parts = sgd_steps([parts], gradient_accumulation_steps=1)
+    assert step.loss == pytest.approx(whole.loss, rel=1e-6) and step.n_tokens == whole.n_tokens
+    for name, value in change.items():
+        np.testing.assert_allclose(change_of_parts[name], value, atol=1e-5 * max(1, np.abs(value).max()), err_msg=name)
+
+
 def test_an_incomplete_last_group_is_divided_by_the_full_count():
     """As the official code does: one micro-batch of three counts a third, its reported loss is its own."""
-    batch = collate(make_rows(), 0)
+    batch = in_parts(make_rows(), 2, pad_id=0)
     [whole], change = sgd_steps([batch], gradient_accumulation_steps=1)
     [third], third_of_change = sgd_steps([batch], gradient_accumulation_steps=3)
     assert third.loss == whole.loss
@@ -289,7 +301,7 @@ def train_a_little(seed: int) -> bytes:
     config = Config(save_path="", name="", val_path="", coconut=True, seed=seed, gradient_accumulation_steps=2, lr=1e-2)
     model = make_model(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     optimizer = new_optimizer(model, config)
-    batches = [collate(make_rows(seed=i), 0) for i in range(6)]
+    batches = [in_parts(make_rows(seed=i), 2, pad_id=0) for i in range(6)]
     losses = [step.loss for step in steps_of(model, optimizer, batches, config, epoch=1)]
     assert len(losses) == 3
     arrays = [np.array(w) for _, w in tree_flatten([model.parameters(), optimizer.state])]
@@ -305,7 +317,7 @@ def test_ten_runs_of_one_seed_are_equal_bit_by_bit_and_another_seed_differs():
 def test_dropout_draws_another_mask_at_every_step_and_in_every_epoch():
     """The same batch at learning rate 0 has another loss each time; a frozen mask would repeat it."""
     config = Config(save_path="", name="", val_path="", coconut=True, lr=0, weight_decay=0)
-    model, batch = make_model(embd_pdrop=0.1), collate(make_rows(), 0)
+    model, batch = make_model(embd_pdrop=0.1), in_parts(make_rows(), 2, pad_id=0)
     losses = []
     for epoch in range(2):
         optimizer = new_optimizer(model, config)

@@ -155,8 +155,9 @@ def test_twenty_adamw_steps_equal_torch(weight_decay, theirs, words, tmp_path):
     ours = opened(save(theirs, tmp_path, "transformer."), words)
     config = Config(save_path="", name="", val_path="", coconut=True, lr=1e-3, weight_decay=weight_decay)
     batches = [make_batch(words.vocab_size, seed) for seed in range(20)]
+    parts = [[batch] for batch in batches]
     optimizer = new_optimizer(ours, config)
-    losses = [s.loss for s in training_steps(ours, optimizer, batches, config, epoch=0, n_steps=20, first=0)]
+    losses = [s.loss for s in training_steps(ours, optimizer, parts, config, epoch=0, n_steps=20, first=0)]
 
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=weight_decay)
     expected = []

@@ -24,6 +24,7 @@ BOTTOM = {
     "token_data",
     "token_cache",
     "loss",
+    "streams",
 }
 
 
