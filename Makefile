@@ -34,10 +34,11 @@ lint: $(DEVELOPMENT)
 clean:
 	rm -rf $(VENV)
 
+# Ctrl-C waits for the venv module (seconds), which would answer it with a traceback.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: Python 3.10 or newer is needed; $$($(PYTHON) --version 2>&1) was found. Name another: make PYTHON=..."; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module (on Debian and Ubuntu: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
+	@(trap '' INT; exec $(PYTHON) -m venv $(VENV)) || { echo "error: no venv module (on Debian and Ubuntu: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
 
 $(RUNTIME): requirements.txt | $(BIN)/python
 	@echo "installing into $(VENV)"

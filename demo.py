@@ -6,10 +6,14 @@ three steps becomes a thought, the other two stay words (more stages are not rel
 A run that is interrupted goes on where it was, one that is finished is not trained again.
 """
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.at_once()  # before the slow imports
+
 import argparse
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +65,6 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; `python demo.py` goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:

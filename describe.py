@@ -3,6 +3,11 @@
 It stands beside run.py because it reads data as run.py does, with the same modules: what passes here passes there.
 """
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.at_once()  # before the slow imports
+
 import argparse
 import sys
 from collections import Counter

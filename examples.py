@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizer import END_LATENT, END_OF_TEXT, LATENT, START_LATENT
-from utils import UserError
+from utils import UserError, can_redraw
 
 KEYS = ("question", "answer", "steps")
 SHOWN = 10  # problems listed in one message
@@ -208,6 +208,8 @@ def _rows(name: str, split: str | None) -> list[dict]:
         raise UserError(
             f"{name}: folders and data sets of the Hub need the package datasets: pip install datasets"
         ) from error
+    if not can_redraw():
+        datasets.disable_progress_bars()
     try:
         found = _open_with(datasets, name, split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:

@@ -3,6 +3,11 @@
 CHECKPOINT is anything load_model_path takes. (transformers opens our checkpoint folders as they are.)
 """
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.at_once()  # before the slow imports
+
 import argparse
 import sys
 from pathlib import Path

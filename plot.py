@@ -5,6 +5,11 @@ several: the runs compared. RUN is a run's directory (or its metrics.jsonl); FIL
 curves.png in the directory of a single run, comparison.png here for several.
 """
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.at_once()  # before the slow imports
+
 import argparse
 import json
 import logging
@@ -104,11 +109,11 @@ def make_figure(runs: list[Curves], title: str | None = None):
 
 
 def _panels():
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its notes on caches and fonts are not ours to show
     try:
         from matplotlib.figure import Figure  # slow to import; without pyplot there is no display and no global state
     except ImportError as error:
         raise UserError(f"matplotlib is not installed; `{INSTALL}` brings it") from error
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its notes on caches and fonts are not ours to show
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for panel in axes:

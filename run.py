@@ -1,9 +1,13 @@
 """The experiment, top to bottom: `python run.py CONFIG [key=value ...]` trains and evaluates Coconut or a baseline."""
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.at_once()  # before the slow imports
+
 import errno
 import os
 import shlex
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -79,8 +83,6 @@ def main(arguments: list[str]) -> int:
         return fail(f"error: {error}", 1)
     except Stopped as stopped:
         return fail(f"stopped. To go on: python run.py {shlex.join(arguments)}", 128 + stopped.signal)
-    except KeyboardInterrupt:
-        return fail("interrupted", 128 + signal.SIGINT)
 
 
 def fail(message: str, status: int) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import stopping
+
 
 class UserError(Exception):
     """A mistake the user can mend; its text is the whole message, and run.py exits with status 2."""
@@ -41,7 +43,7 @@ def warn(text: str) -> None:
 class StopSignals:
     """While active, Ctrl-C and SIGTERM are noted, and `check` raises Stopped at the next safe point.
 
-    A second signal stops at once.
+    A second signal does what it did before: under run.py it ends the process (stopping.py).
     """
 
     def __init__(self):
@@ -70,21 +72,32 @@ class StopSignals:
 
     def _note(self, number, frame) -> None:
         if self.requested:
-            raise Stopped(number)
+            self.__exit__()
+            signal.raise_signal(number)
         self.requested = number
-        warn("stopping after this step; once more stops at once")
+        stopping.announce("stopping after this step; once more stops at once")
+
+
+def can_redraw() -> bool:
+    """Whether stderr shows a progress bar as one: a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Progress(tqdm):
-    """A tqdm bar on a terminal; elsewhere the same facts as one plain line every 30 seconds and one at the end."""
+    """A tqdm bar on a terminal; elsewhere the same facts as one plain line every 30 seconds and one at the end.
+
+    The bar has no colours, so that there is nothing to leave out for NO_COLOR.
+    """
 
     PLAIN = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def __init__(self, *args, **kwargs):
-        self.plain = not sys.stderr.isatty()
+        self.plain = not can_redraw()
         if self.plain:
             kwargs.update(mininterval=30, bar_format=self.PLAIN)
         super().__init__(*args, dynamic_ncols=not self.plain, **kwargs)
+        if self.plain:
+            self._decr_instances(self)  # so that say and warn do not clear it with cursor movements and draw it again
 
     def display(self, msg=None, pos=None):
         if not self.plain:
@@ -108,6 +121,7 @@ def replacing(path: Path):
     A reader of `path` therefore sees the old file or the whole new one, also after a power cut.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stopping.unfinished.add(str(temporary))
     try:
         yield temporary
         sync(temporary)
@@ -115,6 +129,7 @@ def replacing(path: Path):
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        stopping.unfinished.discard(str(temporary))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,14 +15,14 @@ number, operator and marker is one token.
 These are not data of the paper: the demo (demo.py) learns from them in minutes on a CPU.
 """
 
+from datafiles import DataError, listed, run, write_json
+
 import argparse
 import math
 import random
 import re
 from collections import Counter
 from pathlib import Path
-
-from datafiles import DataError, listed, run, write_json
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 

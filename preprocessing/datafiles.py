@@ -8,13 +8,20 @@ The bash scripts call it as a command:
 Exit status: 0 as expected, 1 another file was found, 2 the call or checksums.txt is wrong.
 """
 
-import argparse
-import hashlib
-import json
 import os
-import signal
 import sys
-from pathlib import Path
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.dirname(HERE))
+import stopping  # noqa: E402
+
+if os.path.dirname(os.path.abspath(sys.argv[0])) == HERE:  # a script of this folder was started, and nobody's module
+    stopping.at_once()  # before the slower imports, which is why the scripts import this file first
+
+import argparse  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 PINS = Path(__file__).with_name("checksums.txt")
 KINDS = ("sha256", "gitblob", "sha256-hint", "items", "commit")
@@ -29,17 +36,13 @@ class DataError(Exception):
 
 
 def run(main):
-    """Run main() as a command: a DataError becomes its message and status, an interruption leaves no traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
+    """Run main() as a command: a DataError becomes its message and status."""
     try:
         main()
         sys.stdout.flush()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
@@ -53,6 +56,7 @@ def write_json(items, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    stopping.unfinished.add(str(temporary))
     count = 0
     try:
         with open(temporary, "w", encoding="utf-8") as out:
@@ -64,6 +68,7 @@ def write_json(items, path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        stopping.unfinished.discard(str(temporary))
     return count
 
 

@@ -50,10 +50,13 @@ start() {
   mkdir -p data || die "cannot make the folder data/ here ($PWD)"
 }
 
-pin() { "$PYTHON" "$HERE/datafiles.py" pin "$1" "$2"; }
+# It takes a moment and is not interrupted: a Python that is just starting would answer Ctrl-C with a traceback.
+datafiles() { (trap '' INT; exec "$PYTHON" "$HERE/datafiles.py" "$@"); }
+
+pin() { datafiles pin "$1" "$2"; }
 
 # check NAME PATH [--source ADDRESS] [--advice TEXT]: a message and status 1 unless PATH is what checksums.txt says
-check() { "$PYTHON" "$HERE/datafiles.py" check "$@"; }
+check() { datafiles check "$@"; }
 
 # in_place NAME: true if data/NAME is there and right, false if absent; another file there is never overwritten
 in_place() {

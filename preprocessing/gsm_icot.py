@@ -6,11 +6,11 @@ Each line reads `question||<<1+2=3>> <<3*4=12>> #### 12`. preprocessing/gsm_icot
 calls this; on text of your own of the same form it works alone.
 """
 
+from datafiles import DataError, describe, listed, run, write_json
+
 import argparse
 import sys
 from pathlib import Path
-
-from datafiles import DataError, describe, listed, run, write_json
 
 
 def convert_line(line):

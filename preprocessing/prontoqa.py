@@ -7,12 +7,12 @@ its file into data/. In the file's order the first 9,000 items are for training,
 testing.
 """
 
+from datafiles import DataError, describe, listed, run, write_json
+
 import argparse
 import json
 import sys
 from pathlib import Path
-
-from datafiles import DataError, describe, listed, run, write_json
 
 RAW = Path("data/5hop_0shot_random.json")
 EXPECTED = 10_000

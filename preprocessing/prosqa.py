@@ -15,6 +15,8 @@ A problem is a directed graph that grows from two roots, A and B. Some leaf belo
 leaf below the other alone is the distractor, and the question is which of the two the root "is".
 """
 
+from datafiles import DataError, listed, run, write_json
+
 import argparse
 import hashlib
 import itertools
@@ -26,8 +28,6 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
-
-from datafiles import DataError, listed, run, write_json
 
 PEOPLE = [
     "Alex",

@@ -14,6 +14,7 @@ COMMANDS = {"run", "export", "describe", "demo"}
 UPPER = {"plan", "plot"}  # run.py's own helpers, which may use the middle; plot is a command too
 MIDDLE = {"train", "evaluation", "dataset", "checkpoint", "weights", "metrics"}
 BOTTOM = {
+    "stopping",
     "coconut",
     "gpt2",
     "config",
@@ -67,7 +68,8 @@ def test_bottom_modules_import_only_the_bottom(module):
 def test_the_bottom_has_no_cycles_and_stands_on_leaves():
     order = list(TopologicalSorter({module: ours(module) for module in BOTTOM}).static_order())
     assert set(order) == BOTTOM
-    assert not ours("utils") | ours("cpu_blas"), "leaves import nothing of ours"
+    assert ours("utils") == {"stopping"}
+    assert not ours("stopping") | ours("cpu_blas"), "leaves import nothing of ours"
 
 
 def test_nothing_imports_a_command_but_the_demo_which_runs_run():
@@ -75,6 +77,15 @@ def test_nothing_imports_a_command_but_the_demo_which_runs_run():
     files = [*MODULES.values(), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
     assert not [(file.name, name) for file in files for name in imports(file) if name in COMMANDS - {"run"}]
     assert [file.name for file in files if "run" in imports(file)] == ["demo.py"]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS | {"plot"}))
+def test_a_command_first_of_all_sees_to_ctrl_c(command):
+    """Before the slow imports; the scripts in preprocessing/ leave it to datafiles.py, which they import first."""
+    assert imports(MODULES[command])[0] == "stopping"
+    assert "    stopping.at_once()" in MODULES[command].read_text(encoding="utf-8")
+    for script in ROOT.glob("preprocessing/*.py"):
+        assert script.stem == "datafiles" or imports(script)[0] == "datafiles", script
 
 
 def test_cpu_blas_comes_before_mlx():
