@@ -55,7 +55,7 @@ def write_json(items, path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two of us may be at it
     stopping.unfinished.add(str(temporary))
     count = 0
     try:

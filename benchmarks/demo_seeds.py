@@ -1,0 +1,114 @@
+"""The demo on several seeds: `python benchmarks/demo_seeds.py [--seeds 10] [--jobs 2]`.
+
+Runs demo.py once for each seed (what is trained already is not trained again), so many at a time as --jobs says, and
+prints the last accuracy of every run, then mean, sample standard deviation, least and greatest for each method, and on
+how many seeds Coconut was right more than 0.95 of the time and 0.5 or more above No-CoT. What demo.py itself prints
+goes to a file for each seed beside its runs. Ten seeds take about an hour of two CPU cores.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+import stopping  # noqa: E402
+
+METHODS = ["no_cot", "cot", "coconut", "no_thoughts"]
+
+
+class Result(NamedTuple):
+    """A finished run."""
+
+    accuracy: float
+    seconds: float  # of training, without the evaluations
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status: 1 if a demo failed."""
+    options = parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        statuses = list(pool.map(lambda seed: run_demo(seed, options), range(options.seeds)))
+    if any(statuses):
+        return 1
+    name = "quick" if options.quick else "seed"
+    results = {
+        method: [read(options.out / f"{name}_{seed}" / method) for seed in range(options.seeds)]
+        for method in options.methods
+    }
+    print("", *by_seed(results), "", *summary(results), "", verdict(results), sep="\n")
+    return 0
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to SEEDS - 1 (default 10)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default 1)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--quick", action="store_true", help="the quick demo's budget, to try this script")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder of the runs")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1 or options.jobs < 1:
+        parser.error("--seeds and --jobs: expected at least 1")
+    options.out = options.out.resolve()
+    return options
+
+
+def run_demo(seed: int, options: argparse.Namespace) -> int:
+    """The demo with one seed; returns its exit status."""
+    log = options.out / f"demo_{seed}.log"
+    words = ["--seed", str(seed), "--out", str(options.out), "--methods", *options.methods]
+    words += ["--quick"] if options.quick else []
+    with open(log, "w", encoding="utf-8") as file:
+        command = [sys.executable, str(ROOT / "demo.py"), *words]
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    print(f"seed {seed}: {f'failed with status {status}, see {log}' if status else 'done'}", flush=True)
+    return status
+
+
+def read(run_dir: Path) -> Result:
+    """Last accuracy and whole training time, from a run's metrics."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    evaluations = [record for record in records if "eval/acc" in record]
+    return Result(evaluations[-1]["eval/acc"], sum(record["train/seconds"] for record in evaluations))
+
+
+def by_seed(results: dict[str, list[Result]]) -> list[str]:
+    """Accuracies, a line for each seed."""
+    lines = [f"| seed | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
+    for seed, row in enumerate(zip(*results.values(), strict=True)):
+        lines.append(f"| {seed} | {' | '.join(f'{result.accuracy:.3f}' for result in row)} |")
+    return lines
+
+
+def summary(results: dict[str, list[Result]]) -> list[str]:
+    """Mean and spread over the seeds, a line for each method."""
+    lines = ["| method | seeds | mean | standard deviation | least | greatest | training, s |", "|---" * 7 + "|"]
+    for method, runs in results.items():
+        accuracies = [run.accuracy for run in runs]
+        spread = f"{statistics.stdev(accuracies):.3f}" if len(runs) > 1 else "-"
+        lines.append(
+            f"| {method} | {len(runs)} | {statistics.mean(accuracies):.3f} | {spread} | {min(accuracies):.3f} "
+            f"| {max(accuracies):.3f} | {statistics.mean(run.seconds for run in runs):.0f} |"
+        )
+    return lines
+
+
+def verdict(results: dict[str, list[Result]]) -> str:
+    """On how many seeds Coconut learned what No-CoT cannot."""
+    if not {"coconut", "no_cot"} <= results.keys():
+        return "no verdict: it needs the methods coconut and no_cot"
+    pairs = list(zip(results["coconut"], results["no_cot"], strict=True))
+    passed = sum(ours.accuracy > 0.95 and round(ours.accuracy - base.accuracy, 6) >= 0.5 for ours, base in pairs)
+    return f"Coconut above 0.95 and at least 0.5 above No-CoT: on {passed} of {len(pairs)} seeds"
+
+
+if __name__ == "__main__":
+    stopping.at_once()
+    sys.exit(main(sys.argv[1:]))
