@@ -30,7 +30,7 @@ sys.path.append(str(ROOT / "preprocessing"))
 import chains  # noqa: E402
 
 TITLES = {"no_cot": "No-CoT", "cot": "CoT", "coconut": "Coconut", "no_thoughts": "Coconut without thoughts"}
-DURATION = "about 6 minutes on two CPU cores, less on a Mac"
+DURATION = "about 6 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version: an eighth of the data, so that epochs are short; too few steps to learn from.
 QUICK_DATA = ["--prefix", "chains_quick", "--train", "2500", "--valid", "200"]
@@ -76,6 +76,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES), help="only these")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs (default runs/demo)")
     options = parser.parse_args(arguments)
+    options.methods = list(dict.fromkeys(options.methods))
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     if options.out != parser.get_default("out"):
@@ -89,6 +90,8 @@ def demonstrate(options: argparse.Namespace) -> int:
     folder = options.out / f"{'quick' if options.quick else 'seed'}_{options.seed}"
     commands = {method: command_of(method, folder, options) for method in options.methods}
     configs = {method: load_config(words[0], words[1:]) for method, words in commands.items()}
+    for config in configs.values():
+        trainer.output_directory(config)  # refuses a place that cannot be written to, before anything is said
     missing = [method for method in commands if not is_finished(configs[method])]
     introduce(options, folder, missing)
     if missing:
@@ -96,6 +99,8 @@ def demonstrate(options: argparse.Namespace) -> int:
     for method in missing:
         say(f"\n==== {TITLES[method]}: python run.py {' '.join(commands[method])}")
         if status := trainer.main(commands[method]):
+            if status > 128:  # stopped by a signal; run.py has named its own command
+                print("The demo's own command goes on from here, too, with all that is left.", file=sys.stderr)
             return status
     conclude(options, folder, configs)
     return 0
@@ -130,14 +135,16 @@ def last_evaluation(directory: Path) -> dict | None:
 
 
 def introduce(options: argparse.Namespace, folder: Path, missing: list[str]) -> None:
-    """Say first what comes and how long it takes."""
+    """Say first what comes, how long it takes, and where it is kept."""
     if not missing:
         say(f"Everything is trained already, in {folder}.")
         return
-    takes = QUICK_DURATION if options.quick else DURATION
-    done = f" {len(options.methods) - len(missing)} of them are trained already." if missing != options.methods else ""
-    say(f"{len(options.methods)} methods learn chains of arithmetic: {takes}.{done}")
-    say("It can be interrupted at any time; the same command goes on from there.\n")
+    n_done = len(options.methods) - len(missing)
+    say("A small GPT-2 learns to work off chains such as 5 + 3 * 2 - 7, every value modulo 10 (chance: 0.1 right).")
+    say(f"with:  {', '.join(TITLES[method] for method in options.methods)}, one after the other")
+    say(f"time:  {QUICK_DURATION if options.quick else DURATION}" + (f"; {n_done} trained already" if n_done else ""))
+    say("stop:  Ctrl-C at any time; the same command goes on from there")
+    say(f"files: {folder} (the runs, table.txt, demo.png), data/chains_*.json\n")
 
 
 def conclude(options: argparse.Namespace, folder: Path, configs: dict[str, Config]) -> None:
@@ -153,6 +160,7 @@ def conclude(options: argparse.Namespace, folder: Path, configs: dict[str, Confi
         say(f"picture: {picture}")
     except (UserError, OSError) as error:
         warn(f"{picture} is not drawn: {error}")
+    say("\n" + "\n".join(next_steps(options)))
 
 
 def read_result(method: str, directory: Path) -> Result:
@@ -203,6 +211,18 @@ def notes(options: argparse.Namespace) -> list[str]:
         f"from is right in {blind:.3f} at best: after `* 0` the answer is known. No-CoT gets little further.",
         "Coconut: the first of the three steps is a thought, the others are words; without thoughts it is left out.",
         f"Tokens include thoughts. Seconds per example: in batches of {config.batch_size_eval}, on this machine.",
+    ]
+
+
+def next_steps(options: argparse.Namespace) -> list[str]:
+    """Where to go from here."""
+    python = Path(sys.executable)
+    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else "python"
+    if options.quick:
+        return ["Next, the whole demo, where Coconut has the time to learn:", f"  {python} demo.py"]
+    return [
+        "Next, a run of your own (`run.py --help` lists every key), and the paper's (README.md):",
+        f"  {python} run.py args/demo_coconut.yaml name=mine c_thought=2",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from plot import make_figure, read_curves
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import demo_seeds  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,62 @@ def test_plot_writes_a_picture_or_one_message(tmp_path, capsys):
     assert plot_main([str(tmp_path / "nothing")]) == 2
     assert plot_main([str(run), "-o", "picture.gif"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_demo_says_first_what_comes_and_last_how_to_go_on(tmp_path, capsys, monkeypatch):
+    """Without training: its runs are there already but for one, which is stopped."""
+    monkeypatch.setattr(demo.chains, "main", lambda words: None)
+    monkeypatch.setattr(demo.trainer, "main", lambda words: 130)
+    monkeypatch.setattr(demo, "is_finished", lambda config: config.method != "coconut")
+    assert demo.main(["--out", str(tmp_path), "--methods", "cot", "coconut", "coconut"]) == 130
+    printed = capsys.readouterr()
+    for words in ("chance: 0.1", "CoT, Coconut, one", "about 6 minutes", "1 trained already", f"{tmp_path}/seed_0"):
+        assert words in printed.out, words
+    assert "goes on from here" in printed.err
+    monkeypatch.setattr(demo, "is_finished", lambda config: True)
+    (tmp_path / "seed_0").mkdir()
+    finished_run(tmp_path / "seed_0" / "cot", [0.2, 0.5])
+    assert demo.main(["--out", str(tmp_path), "--methods", "cot"]) == 0
+    *_, picture, _, _, command = capsys.readouterr().out.splitlines()
+    assert picture == f"picture: {tmp_path}/seed_0/demo.png"
+    program, config, *keys = command.split()[1:]
+    assert (ROOT / program).is_file() and load_config(str(ROOT / config), keys).c_thought == 2
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--out", __file__], ["--out", f"{__file__}/below"]])
+def test_wrong_arguments_of_the_demo_are_one_line_before_anything_is_done(words, capsys):
+    assert demo.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_refuses_a_python_that_is_too_old(tmp_path):
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\ncase $1 in --version) echo "Python 3.9.18" ;; *) exit 1 ;; esac\n')
+    old.chmod(0o755)
+    done = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: Python 3.10 or newer is needed; Python 3.9.18 was found" in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_seeds_are_summed_up_and_judged(tmp_path):
+    """benchmarks/demo_seeds.py: the last accuracy, all training time; the verdict at its limits."""
+    runs = {"a": [0.9, 1.0], "b": [0.1, 0.5], "c": [0.97, 0.96], "d": [0.0, 0.46], "e": [0.95], "f": [0.3]}
+    for name, accuracies in runs.items():
+        finished_run(tmp_path / name, accuracies)
+    a, b, c, d, e, f = (demo_seeds.read(tmp_path / name) for name in "abcdef")
+    assert a == (1.0, 10.0)
+    results = {"no_cot": [b, d, f], "coconut": [a, c, e]}
+    rows = ["| 0 | 0.500 | 1.000 |", "| 1 | 0.460 | 0.960 |", "| 2 | 0.300 | 0.950 |"]
+    assert demo_seeds.by_seed(results)[2:] == rows
+    assert demo_seeds.summary(results)[2:] == [
+        "| no_cot | 3 | 0.420 | 0.106 | 0.300 | 0.500 | 8 |",
+        "| coconut | 3 | 0.970 | 0.026 | 0.950 | 1.000 | 8 |",
+    ]
+    assert demo_seeds.verdict(results).endswith("on 2 of 3 seeds")
+    assert demo_seeds.verdict({"cot": [a]}).startswith("no verdict")
