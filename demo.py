@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiny products, and the same sums on every machine; before cpu_blas
+os.environ.setdefault("COCONUT_STREAMS", "2")
 
 import run as trainer
 from config import Config, load_config
