@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from gpt2 import GPT2
 from loss import cross_entropy
+from streams import spread, streams
 
 
 class Batch(NamedTuple):
@@ -31,6 +32,15 @@ class Batch(NamedTuple):
     weights: mx.array  # [N] float, 1 or 0
     last: mx.array  # [B] int, column of the row's last real token
     share: float = 1.0  # of a micro-batch's labelled tokens, the part in this batch
+
+    def shared_out(self, n: int) -> list["Batch"]:
+        """The rows of unlabelled prompts in up to n batches."""
+        size = -(-len(self.last) // n)
+        starts = range(0, len(self.last), size)
+        names = ("ids", "positions", "real", "latents", "last")
+        return [
+            self._replace(**{name: getattr(self, name)[start : start + size] for name in names}) for start in starts
+        ]
 
     def to_mlx(self) -> "Batch":
         """The batch with MLX arrays (the collator makes numpy ones, which may cross threads)."""
@@ -76,13 +86,24 @@ class Coconut(nn.Module):
         """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.
 
         A row ends at `eos_id` (also as the very first token), after max_new_tokens, or where the model has no further
-        position. Each token costs one position through the cache; rows that ended are taken out of the batch.
+        position. Each token costs one position through the cache; rows that ended are taken out of the batch. On CPU
+        the rows are shared out over the streams.
         """
-        hidden, cache = self.think(batch)
-        rows = mx.arange(batch.ids.shape[0])
-        token = self.pick(hidden[rows, batch.last])
-        positions = batch.positions[rows, batch.last]
-        return _Decoder(self, batch.real, cache, token, positions).run(max_new_tokens, eos_id)
+        decoders = spread(lambda part: _Decoder(self, part, eos_id), batch.shared_out(len(streams())))
+        live = list(decoders)
+        mx.async_eval([decoder.arrays() for decoder in live])
+        for n_left in reversed(range(max_new_tokens)):
+            tokens = [decoder.token for decoder in live]
+            if n_left:  # one token ahead: computed while the current one is looked at
+                for decoder in live:
+                    decoder.advance()
+                mx.async_eval([decoder.arrays() for decoder in live])
+            for decoder, token in zip(live, tokens, strict=True):
+                decoder.read(token.tolist())
+            live = [decoder for decoder in live if decoder.rows]
+            if not live:
+                break
+        return [ids for decoder in decoders for ids in decoder.outputs]
 
     def pick(self, hidden: mx.array) -> mx.array:
         """The most likely next token: hidden states [B, D] -> ids [B]."""
@@ -90,49 +111,51 @@ class Coconut(nn.Module):
 
 
 class _Decoder:
-    """The rows that are still being decoded: their cache, last token and position."""
+    """The rows decoded on one stream: their outputs, and the cache, last token and position of the live ones."""
 
-    def __init__(self, model: Coconut, real: mx.array, cache, token: mx.array, positions: mx.array):
-        self.model, self.real, self.cache = model, real, cache
-        self.token, self.positions = token, positions
-        self.rows = list(range(token.shape[0]))
+    def __init__(self, model: Coconut, batch: Batch, eos_id: int):
+        self.model, self.real, self.eos_id = model, batch.real, eos_id
+        self.stream = mx.default_stream(mx.default_device())
+        hidden, self.cache = model.think(batch)
+        self.rows = list(range(batch.ids.shape[0]))  # of the batch that are still in the arrays
+        places = mx.arange(len(self.rows))
+        self.token = model.pick(hidden[places, batch.last])
+        self.positions = batch.positions[places, batch.last]
+        self.free = (model.transformer.config.n_positions - 1 - self.positions).tolist()  # positions left, by row
+        self.outputs: list[list[int]] = [[] for _ in self.rows]
+        self.finished = [False] * len(self.rows)
 
-    def run(self, max_new_tokens: int, eos_id: int) -> list[list[int]]:
-        outputs: list[list[int]] = [[] for _ in self.rows]
-        free = (self.model.transformer.config.n_positions - 1 - self.positions).tolist()  # positions left, by row
-        finished = [False] * len(outputs)
-        for step in range(max_new_tokens):
-            current = self.token
-            if step + 1 < max_new_tokens:
-                self.advance()  # one token ahead: computed while the current one is looked at
-            for row, token in zip(self.rows, current.tolist(), strict=True):
-                if not finished[row]:
-                    if token != eos_id:
-                        outputs[row].append(token)
-                    finished[row] = token == eos_id or len(outputs[row]) > free[row]
-            alive = [i for i, row in enumerate(self.rows) if not finished[row]]
-            if not alive:
-                break
-            if len(alive) <= len(self.rows) // 2:
-                self.keep(alive)
-        return outputs
+    def arrays(self) -> list:
+        """What the next token is computed from."""
+        return [self.token, self.cache, self.real, self.positions]
 
     def advance(self) -> None:
-        """Feed the current tokens and start computing the next ones."""
+        """Feed the current tokens; the next ones are computed when `arrays` are evaluated."""
         transformer = self.model.transformer
-        self.positions = mx.minimum(self.positions + 1, transformer.config.n_positions - 1)  # ended rows run on idly
-        self.real = mx.concatenate([self.real, mx.ones((len(self.rows), 1), dtype=mx.bool_)], axis=1)
-        embeddings = transformer.embed(self.token[:, None])
-        hidden, self.cache = transformer(embeddings, self.positions[:, None], self.real[:, None, None], self.cache)
-        self.token = self.model.pick(hidden[:, 0])
-        mx.async_eval(self.token, self.cache, self.real, self.positions)
+        with mx.stream(self.stream):
+            self.positions = mx.minimum(self.positions + 1, transformer.config.n_positions - 1)  # ended rows run idly
+            self.real = mx.concatenate([self.real, mx.ones((len(self.rows), 1), dtype=mx.bool_)], axis=1)
+            embeddings = transformer.embed(self.token[:, None])
+            hidden, self.cache = transformer(embeddings, self.positions[:, None], self.real[:, None, None], self.cache)
+            self.token = self.model.pick(hidden[:, 0])
 
-    def keep(self, alive: list[int]) -> None:
-        """Drop the rows that ended."""
-        index = mx.array(alive)
+    def read(self, tokens: list[int]) -> None:
+        """Take one token for each row in the arrays, and drop rows that ended once they are half of them."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if not self.finished[row]:
+                if token != self.eos_id:
+                    self.outputs[row].append(token)
+                self.finished[row] = token == self.eos_id or len(self.outputs[row]) > self.free[row]
+        alive = [i for i, row in enumerate(self.rows) if not self.finished[row]]
+        if len(alive) <= len(self.rows) // 2:
+            self._keep(alive)
+
+    def _keep(self, alive: list[int]) -> None:
         self.rows = [self.rows[i] for i in alive]
-        self.token, self.positions, self.real = self.token[index], self.positions[index], self.real[index]
-        self.cache = [(keys[index], values[index]) for keys, values in self.cache]
+        with mx.stream(self.stream):
+            index = mx.array(alive, dtype=mx.int32)
+            self.token, self.positions, self.real = self.token[index], self.positions[index], self.real[index]
+            self.cache = [(keys[index], values[index]) for keys, values in self.cache]
 
 
 def visible(real: mx.array) -> mx.array:
