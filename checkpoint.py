@@ -35,6 +35,7 @@ RECORD = "coconut.json"
 FREE_KEYS = {
     "project", "save_path", "name", "num_epochs", "resume", "lr", "weight_decay", "batch_size_eval", "max_new_tokens",
     "save_only_improve", "save_interval_minutes", "keep_checkpoints", "token_cache", "only_eval", "debug",
+    "grad_checkpoint",
 }  # fmt: skip
 
 

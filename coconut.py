@@ -4,11 +4,14 @@ All four methods run through this one forward: chain of thought, no chain of tho
 zero latents. Shapes: B rows, T columns, K latents of the longest row, N labelled tokens, D = n_embd.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import cpu_blas  # noqa: F401  must come before mlx
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from gpt2 import GPT2
 from loss import cross_entropy
@@ -80,7 +83,7 @@ class Coconut(nn.Module):
         """Mean cross-entropy over the batch's labelled tokens (scalar); logits are computed at those alone."""
         hidden, _ = self.think(batch)
         logits = self.transformer.logits(hidden.reshape(-1, hidden.shape[-1])[batch.predict])  # [N, vocabulary]
-        return (cross_entropy(logits, batch.targets) * batch.weights).sum() / batch.weights.sum()
+        return (cross_entropy(logits.astype(mx.float32), batch.targets) * batch.weights).sum() / batch.weights.sum()
 
     def generate(self, batch: Batch, max_new_tokens: int, eos_id: int) -> list[list[int]]:
         """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.
@@ -108,6 +111,22 @@ class Coconut(nn.Module):
     def pick(self, hidden: mx.array) -> mx.array:
         """The most likely next token: hidden states [B, D] -> ids [B]."""
         return mx.argmax(self.transformer.logits(hidden), axis=-1)
+
+
+def compute_dtype(bf16: bool) -> mx.Dtype:
+    """bfloat16 where it is wanted and there is a GPU; on CPU such products never reach the BLAS."""
+    return mx.bfloat16 if bf16 and mx.default_device() == mx.Device(mx.gpu) else mx.float32
+
+
+@contextmanager
+def computing_in(model: Coconut, dtype: mx.Dtype) -> Iterator[None]:
+    """Let the model compute in a dtype; its own parameters come back at the end, and gradients reach them."""
+    parameters = model.parameters()
+    model.update(tree_map(lambda array: array.astype(dtype), parameters))
+    try:
+        yield
+    finally:
+        model.update(parameters)
 
 
 class _Decoder:

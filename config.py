@@ -79,6 +79,7 @@ class Config:
     weight_decay: float = key("weight decay of AdamW, on every parameter", 0.01, at_least=0)
     warmup_steps: int = key("optimiser steps over which the learning rate rises to lr (officially none)", 0, at_least=0)
     max_grad_norm: float | None = key("clip the gradient to this norm (officially not clipped)", None, at_least=0)
+    grad_checkpoint: bool = key("compute activations again in the backward pass: less memory, more time", False)
     reset_optimizer: bool | str = key(
         "new optimiser every epoch (True, as the official code does), never (False), or at each `stage`",
         False,

@@ -26,16 +26,27 @@ import checkpoint as ckpt
 import dataset
 import plan
 from checkpoint import Position, Saved
-from coconut import Coconut
+from coconut import Coconut, compute_dtype, computing_in
 from config import Config, load_config, usage
 from dataset import Data
 from evaluation import Evaluation, evaluate, validation_loss
 from metrics import MetricLog, start_wandb
 from plot import keep_curves
-from streams import streams
+from streams import streams, use_one
 from tokenizer import Tokenizer, load_tokenizer
 from train import new_optimizer, training_steps
-from utils import Progress, RunError, Stopped, StopSignals, UserError, say, warn, write_json_lines, write_text
+from utils import (
+    Progress,
+    RunError,
+    Stopped,
+    StopSignals,
+    UserError,
+    human_size,
+    say,
+    warn,
+    write_json_lines,
+    write_text,
+)
 from weights import Source, find_source, load_model
 
 
@@ -155,6 +166,8 @@ def output_directory(config: Config) -> Path:
 
 def load(config: Config) -> Run:
     """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
+    if config.grad_checkpoint:
+        use_one()
     saved = ckpt.find_saved(config.run_dir) if config.run_dir.is_dir() and not config.only_eval else None
     source = find_source(config, saved.path if saved else named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)
@@ -171,7 +184,9 @@ def load(config: Config) -> Run:
     if not config.only_eval:
         train = Data(config.train_path, config, tokenizer, n_positions, debug_limit=5000, keep_texts=False)
         dataset.warn_of_shared_questions(train, valid)
-    return Run(config, source, tokenizer, load_model(source, config, tokenizer), train, valid, saved)
+    model = load_model(source, config, tokenizer)
+    model.transformer.grad_checkpoint = config.grad_checkpoint
+    return Run(config, source, tokenizer, model, train, valid, saved)
 
 
 def named_run(config: Config) -> Path | None:
@@ -188,7 +203,8 @@ def introduce(run: Run, directory: Path) -> None:
     """The run's first lines: what it is, on what, with what, and where it writes."""
     config, shape = run.config, run.model.transformer.config
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    device = "GPU" if on_gpu else f"CPU ({cpu_blas.describe()})"
+    n_streams = len(streams())
+    device = "GPU" if on_gpu else f"CPU ({cpu_blas.describe()}, {n_streams} stream{'s' * (n_streams != 1)})"
     length = "evaluation only" if config.only_eval else f"{config.num_epochs} epochs"
     n_parameters = sum(array.size for _, array in tree_flatten(run.model.parameters()))
     sizes = f"{len(run.valid):,} items of {config.val_path}"
@@ -201,8 +217,8 @@ def introduce(run: Run, directory: Path) -> None:
     epochs_done = run.saved.position.epoch if run.saved else config.resume
     if disk := ckpt.check_disk(config, 4 * n_parameters, epochs_done):
         say(disk)
-    if config.bf16:
-        warn("bf16 is not built yet; float32 is used" if on_gpu else "bf16 is slower on CPU; float32 is used")
+    if config.bf16 and not on_gpu:
+        warn("bf16 is many times slower on CPU; float32 is used")
 
 
 def train_through(run: Run) -> None:
@@ -269,7 +285,12 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
             })  # fmt: skip
             seconds = time.monotonic() - started
             position.train_seconds = earlier + seconds
-            bar.set_postfix(loss=f"{step.loss:.4f}", tokens_per_s=f"{n_tokens / seconds:,.0f}", refresh=False)
+            bar.set_postfix(
+                loss=f"{step.loss:.4f}",
+                tokens_per_s=f"{n_tokens / seconds:,.0f}",
+                peak_memory=human_size(mx.get_peak_memory()),
+                refresh=False,
+            )
             bar.update()
             is_last = position.step == n_steps
             is_due = time.monotonic() - last_save >= 60 * config.save_interval_minutes
@@ -331,9 +352,10 @@ def judge(
     config, valid = run.config, run.valid
     epochs_done = epoch if config.only_eval else epoch + 1
     loss_data = dataset.loss_batches(valid.tokens, config, run.tokenizer, epoch)
-    loss = validation_loss(run.model, stop.checked(loss_data), dataset.count_batches(len(valid), config))
     prompts = dataset.prompt_batches(valid.tokens, config, run.tokenizer, stage)
-    result = evaluate(run.model, valid.examples, valid.indices, stop.checked(prompts), config, run.tokenizer)
+    with computing_in(run.model, compute_dtype(config.bf16)):
+        loss = validation_loss(run.model, stop.checked(loss_data), dataset.count_batches(len(valid), config))
+        result = evaluate(run.model, valid.examples, valid.indices, stop.checked(prompts), config, run.tokenizer)
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
     metrics.log({

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from coconut import Batch, Coconut
+from coconut import Batch, Coconut, compute_dtype, computing_in
 from config import Config
 from streams import spread
 from utils import RunError
@@ -54,7 +54,7 @@ def training_steps(
     Raises RunError at the first loss that is not finite, before it touches the weights.
     """
     model.train()
-    loss_and_gradient = nn.value_and_grad(model, lambda batch: model(batch) * batch.share)
+    loss_and_gradient = nn.value_and_grad(model, partial(_share_of_loss, model, compute_dtype(config.bf16)))
     batches = iter(batches)
     for number in count(first):
         group = list(islice(batches, config.gradient_accumulation_steps))
@@ -74,6 +74,11 @@ def training_steps(
         optimizer.update(model, gradient)
         mx.eval(model.parameters(), optimizer.state)
         yield Step(number, loss, int(sum(part.real.sum() for parts in group for part in parts)))
+
+
+def _share_of_loss(model: Coconut, dtype: mx.Dtype, batch: Batch) -> mx.array:
+    with computing_in(model, dtype):
+        return model(batch) * batch.share
 
 
 def clipped(gradient, max_norm: float):

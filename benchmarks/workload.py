@@ -49,7 +49,7 @@ def parser(description: str, batch: int) -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=batch, help="examples in a batch (default: %(default)s)")
     made.add_argument("--latents", type=int, help="thoughts; the question is lengthened to keep the number of tokens")
     made.add_argument("--length", type=int, help="tokens of the question (default: the preset's)")
-    made.add_argument("--threads", type=int, default=1, help="threads of the BLAS, ours and theirs (default: 1)")
+    made.add_argument("--threads", type=int, default=1, help="cores to use: our streams, their threads (default: 1)")
     made.add_argument("--runs", type=int, default=5, help="measured runs of each side, after a first (default: 5)")
     made.add_argument("--peer", action="store_true", help="compare with PyTorch and transformers (peer.py)")
     made.add_argument("--own-blas", action="store_true", help="compare with the BLAS of MLX's wheel (COCONUT_BLAS=off)")
@@ -117,8 +117,9 @@ class Worker:
 
     def __init__(self, side: str, script: str, arguments: list[str], threads: int, **environment: str):
         self.name, self.runs, self.facts = side, [], {}
-        count = str(threads)
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count} | environment
+        ours = {"OPENBLAS_NUM_THREADS": "1", "COCONUT_STREAMS": str(threads)}
+        theirs = {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | (theirs if side == "peer" else ours) | environment
         command = [sys.executable, script, *arguments, "--worker", "peer" if side == "peer" else "ours"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)

@@ -9,9 +9,9 @@ import cpu_blas  # noqa: F401  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from coconut import Coconut, visible
+from coconut import Coconut, compute_dtype, computing_in, visible
 from config import Config
 from dataset import Sequence, collate, in_parts
 from gpt2 import GPT2, MLP, Attention, GPT2Config, dropout_mask, random_keys
@@ -325,6 +325,37 @@ def test_dropout_draws_another_mask_at_every_step_and_in_every_epoch():
         optimizer = new_optimizer(model, config)
         losses += [step.loss for step in steps_of(model, optimizer, [batch] * 3, config, epoch)]
     assert len(set(losses)) == 6
+
+
+def test_bfloat16_computes_near_float32_and_leaves_float32_parameters():
+    """Gradients reach the float32 parameters; the loss is near but not the same, and so it is in evaluation."""
+    model, batch = make_model(initializer_range=0.1), make_batch(make_rows())
+    before = dict(tree_flatten(model.parameters()))
+    results = []
+    for dtype in (mx.float32, mx.bfloat16):
+
+        def loss(batch, dtype=dtype):
+            with computing_in(model, dtype):
+                return model(batch)
+
+        results.append(nn.value_and_grad(model, loss)(batch))
+        model.update(tree_unflatten(list(before.items())))
+    (exact, gradient), (rough, rough_gradient) = results
+    assert rough.item() == pytest.approx(exact.item(), rel=2e-2) and rough.item() != exact.item()
+    for (name, wanted), (_, found) in zip(tree_flatten(gradient), tree_flatten(rough_gradient), strict=True):
+        assert found.dtype == mx.float32
+        assert mx.linalg.norm(found - wanted).item() < 0.1 * mx.linalg.norm(wanted).item(), name
+    with computing_in(model, mx.bfloat16):
+        hidden, cache = model.eval().think(batch)
+        assert hidden.dtype == cache[0][0].dtype == mx.bfloat16
+        assert len(model.generate(batch, 3, VOCABULARY)) == len(batch.last)
+    assert all(mx.array_equal(before[name], array).item() for name, array in tree_flatten(model.parameters()))
+
+
+def test_bfloat16_is_for_gpus():
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    assert compute_dtype(True) == (mx.bfloat16 if on_gpu else mx.float32)
+    assert compute_dtype(False) == mx.float32
 
 
 # The parts of GPT-2

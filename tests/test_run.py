@@ -8,7 +8,15 @@ import sys
 import pytest
 from conftest import ROOT, tiny_item
 
+import cpu_blas  # noqa: F401  before mlx
+import mlx.core as mx
+import mlx.nn as nn
+
 import checkpoint as ckpt
+import gpt2
+import run
+import streams
+import train
 from coconut import Coconut
 from config import FIELDS, load_config
 
@@ -366,3 +374,47 @@ def test_help_into_a_closed_pipe_is_no_traceback():
     command = f"'{sys.executable}' '{ROOT / 'run.py'}' --help | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in done.stderr
+
+
+# Memory and precision
+
+
+def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_path):
+    """grad_checkpoint, dropout on: bit for bit the losses of a run on one stream without it."""
+    monkeypatch.setenv("COCONUT_STREAMS", "1")
+    monkeypatch.setenv(streams.WIDTH, streams.MLX_DEFAULT_WIDTH)
+    for module in (run, streams):
+        monkeypatch.setattr(module, "streams", lambda: [mx.default_stream(mx.default_device())])
+    recomputed = []
+    monkeypatch.setattr(gpt2, "checkpoint", lambda block: recomputed.append(block) or nn.utils.checkpoint(block))
+    losses = []
+    for name, again in (("plain", False), ("again", True)):
+        assert not recomputed
+        outcome = call_main(shared_tiny.config(save_path=tmp_path, name=name, num_epochs=2, grad_checkpoint=again))
+        assert outcome.status == 0, outcome.err
+        records = jsonl(tmp_path / name / "metrics.jsonl")
+        losses.append([record["train/loss"] for record in records if "train/loss" in record])
+    assert recomputed
+    assert losses[0] == losses[1] and len(losses[0]) > 2
+
+
+def test_bf16_on_cpu_is_float32_with_a_word(shared_tiny, call_main, tmp_path):
+    if mx.default_device() == mx.Device(mx.gpu):
+        pytest.skip("about CPU")
+    outcome = call_main(shared_tiny.config(save_path=tmp_path, bf16=True, num_epochs=1))
+    assert outcome.status == 0 and "bf16 is many times slower on CPU; float32 is used" in outcome.err
+
+
+def test_a_run_in_bfloat16(shared_tiny, call_main, monkeypatch, tmp_path):
+    """What a GPU does, done on CPU: another loss than float32's but near, float32 in the checkpoint."""
+    losses = []
+    for number, dtype in enumerate((mx.float32, mx.bfloat16)):
+        for module in (run, train):
+            monkeypatch.setattr(module, "compute_dtype", lambda _, dtype=dtype: dtype)
+        outcome = call_main(shared_tiny.config(save_path=tmp_path, name=str(number), bf16=True, num_epochs=1))
+        assert outcome.status == 0, outcome.err
+        records = jsonl(tmp_path / str(number) / "metrics.jsonl")
+        losses.append([record[key] for record in records for key in ("train/loss", "eval/loss") if key in record])
+        saved = mx.load(str(tmp_path / str(number) / "checkpoint_1" / "model.safetensors"))
+        assert {array.dtype for array in saved.values()} == {mx.float32}
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
