@@ -86,22 +86,23 @@ LOG2_E = math.log2(math.e)
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
 
-@mx.custom_function
 def gelu_new(x: mx.array) -> mx.array:
     """GPT-2's tanh approximation of GELU, as x * sigmoid(2 u) = x / (1 + 2 ** (-2 u log2(e)))."""
-    return x * _gelu_gate(x)
+    return _gelu_and_gate(x)[0]
 
 
-@gelu_new.vjp
-def _gelu_vjp(x, cotangent, output):
-    gate = _gelu_gate(x)
+@mx.custom_function
+def _gelu_and_gate(x: mx.array):
+    # mx.power takes 3 ns an element on CPU, mx.tanh 15, mx.exp 9; the gate is handed to the backward pass
+    gate = 1 / (1 + mx.power(2.0, x * (-LOG2_E * GELU_SLOPE * (1 + 0.044715 * (x * x)))))
+    return x * gate, gate
+
+
+@_gelu_and_gate.vjp
+def _gelu_vjp(x, cotangents, outputs):
+    gate = outputs[1]
     slope = GELU_SLOPE * (1 + (3 * 0.044715) * (x * x))
-    return cotangent * (gate * (1 + x * (1 - gate) * slope))
-
-
-def _gelu_gate(x: mx.array) -> mx.array:
-    # mx.power takes 3 ns an element on CPU, mx.tanh 15, mx.exp 9
-    return 1 / (1 + mx.power(2.0, x * (-LOG2_E * GELU_SLOPE * (1 + 0.044715 * (x * x)))))
+    return cotangents[0] * (gate * (1 + x * (1 - gate) * slope))
 
 
 def random_keys(n: int) -> list[mx.array]:
