@@ -88,7 +88,7 @@ class Saved:
         return None
 
 
-def describe_run(config: Config, tokenizer: Tokenizer, epochs_done: int, stage: int) -> dict:
+def describe_run(config: Config, tokenizer: Tokenizer, epochs_done: int, stage: int, n_processes: int = 1) -> dict:
     """The facts every saved folder records about itself."""
     packages = ("mlx", "numpy", "tiktoken")
     return {
@@ -99,6 +99,7 @@ def describe_run(config: Config, tokenizer: Tokenizer, epochs_done: int, stage: 
         "tokenizer": {"source": tokenizer.source, "sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "config": config.to_dict(),
+        "processes": n_processes,
     }
 
 
@@ -218,14 +219,26 @@ def load_optimizer(saved: Saved, optimizer) -> bool:
     return True
 
 
-def check_same_run(saved: Saved, config: Config) -> list[str]:
+def check_same_run(saved: Saved, config: Config, n_processes: int = 1) -> list[str]:
     """Differences to the saved run's configuration that are harmless, as text.
 
-    Raises UserError for a difference that would make it another run (method, data, model).
+    Raises UserError for a difference that would make it another run (method, data, model). Another number of processes
+    is none as long as a step takes the same items.
     """
     before, now = saved.record.get("config", {}), config.to_dict()
     changed = {name: (before[name], now[name]) for name in before if name in now and before[name] != now[name]}
-    fatal = [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in changed.items() if name not in FREE_KEYS]
+    free_keys, n_before = FREE_KEYS, saved.record.get("processes", 1)
+    if before and n_before != n_processes:
+        old, new = (keys["batch_size_training"] * keys["gradient_accumulation_steps"] for keys in (before, now))
+        if old * n_before != new * n_processes:
+            raise UserError(
+                f"{saved.path}: {n_before} processes took {old * n_before} items a step there (processes x "
+                f"batch_size_training x gradient_accumulation_steps), here {n_processes} would take "
+                f"{new * n_processes}; change these keys so that the product stays"
+            )
+        free_keys = FREE_KEYS | {"batch_size_training", "gradient_accumulation_steps", "processes"}
+        changed["processes"] = n_before, n_processes
+    fatal = [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in changed.items() if name not in free_keys]
     if fatal:
         listed = "\n".join(f"  - {text}" for text in fatal)
         raise UserError(

@@ -14,6 +14,7 @@ import numpy as np
 from coconut import Batch
 from config import Config
 from examples import SHOWN, Example, open_source
+from processes import ALONE, Processes
 from token_data import TokenDataset, TokenExample, tokenise, tokenise_cached
 from tokenizer import Tokenizer
 from utils import UserError, warn
@@ -133,43 +134,66 @@ def item_stages(n_steps: np.ndarray, epoch: int, config: Config) -> np.ndarray:
 
 
 def training_batches(
-    data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int, skip: int = 0, n_parts: int = 1
+    data: TokenDataset,
+    config: Config,
+    tokenizer: Tokenizer,
+    epoch: int,
+    skip: int = 0,
+    n_parts: int = 1,
+    processes: Processes = ALONE,
 ) -> Iterator[list[Batch]]:
     """The epoch's micro-batches, shuffled as a function of seed and epoch alone; the first `skip` left out.
 
-    Each comes in up to n_parts parts (see in_parts).
+    N processes share micro-batches of N * batch_size_training items. Each comes in up to n_parts parts (see in_parts),
+    and this gives the parts that one process works on (see own_parts).
     """
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data))
     stages = item_stages(data.n_steps, epoch, config)
-    size = config.batch_size_training
+    size = config.batch_size_training * processes.size
     for start in range(skip * size, len(order), size):
         chosen = order[start : start + size]
         sequences = [training_sequence(data[i], int(stages[i]), config, tokenizer) for i in chosen]
-        yield in_parts(sequences, n_parts, tokenizer.eos_id)
+        yield own_parts(sequences, processes, n_parts, tokenizer.eos_id)
 
 
-def loss_batches(data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int) -> Iterator[Batch]:
-    """The validation set in file order, as training sequences of the epoch's stage (official dataset_loss_val)."""
+def loss_batches(
+    data: TokenDataset, config: Config, tokenizer: Tokenizer, epoch: int, processes: Processes = ALONE
+) -> Iterator[Batch]:
+    """The validation set in file order, as training sequences of the epoch's stage (official dataset_loss_val).
+
+    Several processes take turns with whole batches, here and in prompt_batches.
+    """
     stages = item_stages(data.n_steps, epoch, config)
     size = config.batch_size_training
-    for start in range(0, len(data), size):
+    for start in processes.own(range(0, len(data), size)):
         chosen = range(start, min(start + size, len(data)))
         yield collate([training_sequence(data[i], int(stages[i]), config, tokenizer) for i in chosen], tokenizer.eos_id)
 
 
-def count_batches(n_items: int, config: Config) -> int:
+def count_batches(n_items: int, config: Config, n_processes: int = 1) -> int:
     """Micro-batches of an epoch over n_items."""
-    return -(-n_items // config.batch_size_training)
+    return -(-n_items // (config.batch_size_training * n_processes))
 
 
 def prompt_batches(
-    data: TokenDataset, config: Config, tokenizer: Tokenizer, stage: int
+    data: TokenDataset, config: Config, tokenizer: Tokenizer, stage: int, processes: Processes = ALONE
 ) -> Iterator[tuple[list[int], Batch]]:
     """(item indices, prompts) of the whole set, prompts of like length together."""
     order = np.argsort(data.question_lengths, kind="stable")
-    for start in range(0, len(order), config.batch_size_eval):
+    for start in processes.own(range(0, len(order), config.batch_size_eval)):
         chosen = order[start : start + config.batch_size_eval].tolist()
         yield chosen, collate([prompt_sequence(data[i], stage, config, tokenizer) for i in chosen], tokenizer.eos_id)
+
+
+def own_parts(sequences: list[Sequence], processes: Processes, n_parts: int, pad_id: int) -> list[Batch]:
+    """This process's rows of a micro-batch, in parts.
+
+    Losses times shares, over the parts of all processes, add up to the mean over all labelled tokens. A process that is
+    left without a row works on one that counts nothing, so that it takes the same steps as the others.
+    """
+    own = processes.own(sequences)
+    weight = sum(s.n_labelled for s in own) / sum(s.n_labelled for s in sequences)
+    return [part._replace(share=part.share * weight) for part in in_parts(own or sequences[:1], n_parts, pad_id)]
 
 
 def in_parts(sequences: list[Sequence], n_parts: int, pad_id: int) -> list[Batch]:

@@ -12,6 +12,7 @@ import mlx.core as mx
 from coconut import Batch, Coconut
 from config import Config
 from examples import Example
+from processes import ALONE, Processes
 from streams import spread, streams
 from tokenizer import Tokenizer
 from utils import Progress
@@ -65,11 +66,15 @@ class Evaluation:
         return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def validation_loss(model: Coconut, batches: Iterable[Batch], n_batches: int) -> float:
-    """Cross-entropy per labelled token over all batches (the official code averages the batches' means)."""
+def validation_loss(model: Coconut, batches: Iterable[Batch], n_batches: int, processes: Processes = ALONE) -> float:
+    """Cross-entropy per labelled token over all batches (the official code averages the batches' means).
+
+    Several processes have some of the n_batches each; the result is the same in all of them.
+    """
     model.eval()
     total = count = 0.0
-    batches = iter(Progress(batches, total=n_batches, desc="Validation loss", unit=" batches", leave=False))
+    n_own = len(processes.own(range(n_batches)))
+    batches = iter(Progress(batches, total=n_own, desc="Validation loss", unit=" batches", leave=False))
     while together := list(islice(batches, len(streams()))):
         losses = spread(lambda batch: model(batch.to_mlx()), together)
         mx.eval(losses)
@@ -77,6 +82,7 @@ def validation_loss(model: Coconut, batches: Iterable[Batch], n_batches: int) ->
             n_labelled = float(batch.weights.sum())
             total += loss.item() * n_labelled
             count += n_labelled
+    total, count = map(sum, zip(*processes.gather((total, count)), strict=True))
     return total / count
 
 
@@ -87,16 +93,20 @@ def evaluate(
     batches: Iterable[tuple[list[int], Batch]],
     config: Config,
     tokenizer: Tokenizer,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Answer every example greedily and judge it.
 
-    places: each example's index in its file; batches: (indices into examples, their prompts).
+    places: each example's index in its file; batches: (indices into examples, their prompts), of which several
+    processes have some each. The result is that of the whole set, in all of them.
     """
     model.eval()
     judged: dict[int, dict] = {}
     latents: dict[int, int] = {}
     n_correct, start = 0, time.perf_counter()
-    with Progress(total=len(examples), desc="Answers", unit=" items", leave=False) as bar:
+    own = processes.own(range(0, len(examples), config.batch_size_eval))
+    n_own = min(len(examples), len(own) * config.batch_size_eval)  # at most
+    with Progress(total=n_own, desc="Answers", unit=" items", leave=False) as bar:
         for indices, batch in batches:
             outputs = model.generate(batch.to_mlx(), config.answer_limit, tokenizer.eos_id)
             for index, ids, n_latents in zip(indices, outputs, batch.latents.sum(axis=1).tolist(), strict=True):
@@ -106,6 +116,9 @@ def evaluate(
             mx.clear_cache()
             bar.set_postfix(accuracy=f"{n_correct / len(judged):.3f}", refresh=False)
             bar.update(len(indices))
+    for others_judged, others_latents in processes.gather((judged, latents)):
+        judged |= others_judged
+        latents |= others_latents
     order = sorted(judged)
     return Evaluation([judged[i] for i in order], [latents[i] for i in order], time.perf_counter() - start)
 

@@ -68,6 +68,22 @@ class MetricLog:
             self.wandb_run = None
 
 
+class NoMetrics:
+    """The same calls with nowhere to write, for the processes beside process 0."""
+
+    def rewind(self, next_step: int, epochs_done: int) -> None:
+        """Nothing to drop."""
+
+    def log(self, record: dict) -> None:
+        """Nothing is written."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+
 def _is_before(line: bytes, next_step: int, epochs_done: int) -> bool:
     try:
         record = json.loads(line)

@@ -10,6 +10,7 @@ from coconut import Coconut
 from config import Config
 from dataset import Data, prompt_latents, training_batches, training_counts
 from streams import streams
+from processes import Processes
 from tokenizer import Tokenizer
 from train import new_optimizer, training_steps
 from utils import human_size
@@ -31,13 +32,16 @@ def stage_lines(config: Config, data: Data, first_epoch: int, n_steps: int) -> l
     return lines
 
 
-def measured_step(config: Config, model: Coconut, tokenizer: Tokenizer, data: Data, epoch: int, n_steps: int) -> str:
+def measured_step(
+    config: Config, model: Coconut, tokenizer: Tokenizer, data: Data, epoch: int, n_steps: int, processes: Processes
+) -> str:
     """Time and memory of one optimiser step at this epoch's stage (the second of two: the first warms up)."""
     mx.reset_peak_memory()
     group = 2 * config.gradient_accumulation_steps
-    batches = islice(training_batches(data.tokens, config, tokenizer, epoch, n_parts=len(streams())), group)
+    batches = training_batches(data.tokens, config, tokenizer, epoch, 0, len(streams()), processes)
+    optimizer = new_optimizer(model, config)
     seconds, last = 0.0, time.perf_counter()
-    for _ in training_steps(model, new_optimizer(model, config), batches, config, epoch, n_steps, 0):
+    for _ in training_steps(model, optimizer, islice(batches, group), config, epoch, n_steps, 0, processes):
         seconds, last = time.perf_counter() - last, time.perf_counter()
     total = seconds * n_steps * (config.num_epochs - epoch)
     stage, memory = config.stage(epoch), human_size(mx.get_peak_memory())

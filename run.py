@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 try:
@@ -30,8 +30,9 @@ from coconut import Coconut, compute_dtype, computing_in
 from config import Config, load_config, usage
 from dataset import Data
 from evaluation import Evaluation, evaluate, validation_loss
-from metrics import MetricLog, start_wandb
+from metrics import MetricLog, NoMetrics, start_wandb
 from plot import keep_curves
+from processes import ALONE, Processes, join
 from streams import streams, use_one
 from tokenizer import Tokenizer, load_tokenizer
 from train import new_optimizer, training_steps
@@ -64,94 +65,116 @@ class Run:
     train: Data | None
     valid: Data
     saved: Saved | None  # what the run directory holds already
+    processes: Processes = ALONE
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.processes.is_main
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch; an incomplete last group of micro-batches is a step too."""
-        return -(-dataset.count_batches(len(self.train), self.config) // self.config.gradient_accumulation_steps)
+        n_batches = dataset.count_batches(len(self.train), self.config, self.processes.size)
+        return -(-n_batches // self.config.gradient_accumulation_steps)
 
     def record(self, epochs_done: int, stage: int) -> dict:
         """What a checkpoint written now says of itself."""
-        return ckpt.describe_run(self.config, self.tokenizer, epochs_done, stage)
+        return ckpt.describe_run(self.config, self.tokenizer, epochs_done, stage, self.processes.size)
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status: 0 success, 1 failure, 2 a mistake of the user's, 128 + signal."""
+    processes = ALONE
     try:
-        command(arguments)
+        processes = join()
+        processes.start()
+        command(arguments, processes)
         sys.stdout.flush()
-        return 0
+        status, message = 0, ""
     except UserError as error:
-        return fail(f"error: {error}", 2)
+        status, message = 2, f"error: {error}"
     except BrokenPipeError:  # `python run.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status, message = 1, ""
     except OSError as error:
         full = error.errno == errno.ENOSPC
         hint = "; make room and run the same command again, what was saved before is intact" if full else ""
-        return fail(f"error: {error}{hint}", 1)
+        status, message = 1, f"error: {error}{hint}"
     except RunError as error:
-        return fail(f"error: {error}", 1)
+        status, message = 1, f"error: {error}"
     except Stopped as stopped:
-        return fail(f"stopped. To go on: python run.py {shlex.join(arguments)}", 128 + stopped.signal)
-
-
-def fail(message: str, status: int) -> int:
-    """Print a message to stderr; returns the status."""
-    print(message, file=sys.stderr)
+        launcher = "the same mlx.launch with " if processes.size > 1 else ""
+        status, message = 128 + stopped.signal, f"stopped. To go on: {launcher}python run.py {shlex.join(arguments)}"
+    processes.leave(status, message)
     return status
 
 
-def command(arguments: list[str]) -> None:
+def command(arguments: list[str], processes: Processes) -> None:
     """Do what the command line says."""
     words = [argument for argument in arguments if argument != "--dry-run"]
     if {"-h", "--help"} & set(words):
-        print(usage())
+        say(usage())
         return
     if not words:
         raise UserError(f"which configuration?\n\n{usage()}")
-    config = load_config(words[0], words[1:])
+    config = processes.from_main(lambda: load_config(words[0], words[1:]))
     if words == arguments:
-        execute(config)
+        execute(config, processes)
     else:
-        show_plan(config)
+        show_plan(config, processes)
 
 
-def execute(config: Config) -> None:
+def execute(config: Config, processes: Processes) -> None:
     """One run from configuration to result: load everything, then evaluate once or train."""
-    directory = output_directory(config)
     with ExitStack() as stack:
-        if directory.is_dir():
-            stack.enter_context(ckpt.locked(directory))
-        run = load(config)
-        introduce(run, directory)
-        if not directory.is_dir():
-            directory.mkdir(parents=True)
-            stack.enter_context(ckpt.locked(directory))
-        ckpt.clean(directory)
+        run, directory = processes.from_main(lambda: prepare(config, processes.size, stack))
+        run = replace(run, processes=processes)
+        processes.check_same(run.model.parameters(), "at the start")
         if config.only_eval:
             evaluate_only(run, directory)
         else:
-            write_text(directory / "config.yaml", config.to_yaml())
             train_through(run)
 
 
-def show_plan(config: Config) -> None:
+def prepare(config: Config, n_processes: int, stack: ExitStack) -> tuple[Run, Path]:
+    """Load everything, then make the directory to write into and hold it for as long as the stack is open."""
+    directory = output_directory(config)
+    if directory.is_dir():
+        stack.enter_context(ckpt.locked(directory))
+    run = load(config, n_processes)
+    introduce(run, directory)
+    if not directory.is_dir():
+        directory.mkdir(parents=True)
+        stack.enter_context(ckpt.locked(directory))
+    ckpt.clean(directory)
+    if not config.only_eval:
+        write_text(directory / "config.yaml", config.to_yaml())
+    return run, directory
+
+
+def show_plan(config: Config, processes: Processes) -> None:
     """Check everything and say what would happen; writes nothing."""
-    run = load(config)
-    introduce(run, output_directory(config))
+    run = replace(processes.from_main(lambda: look(config, processes.size)), processes=processes)
     if config.only_eval:
         say(f"plan:  evaluate {len(run.valid):,} items once, at stage {config.stage(config.resume)}")
         return
     first_epoch = run.saved.position.epoch if run.saved else config.resume
     n_steps = run.steps_per_epoch
-    items = config.batch_size_training * config.gradient_accumulation_steps
+    items = config.batch_size_training * config.gradient_accumulation_steps * processes.size
     say(f"plan:  {n_steps:,} optimiser steps an epoch, of {items} items each")
     for line in plan.stage_lines(config, run.train, first_epoch, n_steps):
         say(line)
     if first_epoch < config.num_epochs:
-        say(plan.measured_step(config, run.model, run.tokenizer, run.train, first_epoch, n_steps))
+        say(plan.measured_step(config, run.model, run.tokenizer, run.train, first_epoch, n_steps, processes))
     say("nothing was written")
+
+
+def look(config: Config, n_processes: int) -> Run:
+    """Load everything and introduce it."""
+    run = load(config, n_processes)
+    introduce(run, output_directory(config))
+    return run
 
 
 def output_directory(config: Config) -> Path:
@@ -164,7 +187,7 @@ def output_directory(config: Config) -> Path:
     return config.run_dir
 
 
-def load(config: Config) -> Run:
+def load(config: Config, n_processes: int) -> Run:
     """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
     if config.grad_checkpoint:
         use_one()
@@ -172,7 +195,7 @@ def load(config: Config) -> Run:
     source = find_source(config, saved.path if saved else named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)
     if saved:
-        for note in ckpt.check_same_run(saved, config):
+        for note in ckpt.check_same_run(saved, config, n_processes):
             say(f"note: changed since the last start: {note}")
     if source.weights and source.weights.is_dir():
         if not saved:
@@ -225,9 +248,12 @@ def train_through(run: Run) -> None:
     """The curriculum: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
     config = run.config
     optimizer = new_optimizer(run.model, config)
-    position, drawn = take_up(run, optimizer), 0.0
-    with MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config)) as metrics, StopSignals() as stop:
-        if position.metrics_bytes:
+    position = share_position(run, optimizer)
+    drawn, opened = 0.0, NoMetrics()
+    if run.is_main:
+        opened = MetricLog(config.run_dir / "metrics.jsonl", start_wandb(config))
+    with opened as metrics, StopSignals() as stop:
+        if position.metrics_bytes and run.is_main:
             metrics.check(position.metrics_bytes, position.metrics_crc32)
         metrics.rewind(position.epoch * run.steps_per_epoch + position.step, position.epoch)
         for epoch in range(position.epoch, config.num_epochs):
@@ -235,16 +261,28 @@ def train_through(run: Run) -> None:
             if position.step == 0 and config.resets_optimizer_at(epoch):
                 optimizer = new_optimizer(run.model, config)
             train_epoch(run, optimizer, position, metrics, stop)
+            run.processes.check_same(run.model.parameters(), f"after epoch {epoch + 1}")
             save_trained(run, position)
+            agree(stop, run.processes)
             stop.check()
             result = judge(run, metrics, config.run_dir, epoch, stage, position.train_seconds, stop)
             finish_epoch(run, position, result.accuracy, metrics)
-            if time.monotonic() - drawn > REDRAW and position.epoch < config.num_epochs:
+            if run.is_main and time.monotonic() - drawn > REDRAW and position.epoch < config.num_epochs:
                 keep_curves(config.run_dir)
                 drawn = time.monotonic()
+            agree(stop, run.processes)
             stop.check()
-        keep_curves(config.run_dir)
+        if run.is_main:
+            keep_curves(config.run_dir)
     say(f"done: {config.run_dir}")
+
+
+def share_position(run: Run, optimizer) -> Position:
+    """The place to start from, and the optimiser as it was there, in all processes."""
+    position, state = run.processes.from_main(lambda: (take_up(run, optimizer), optimizer.state if run.saved else None))
+    if state:
+        optimizer.state = state
+    return position
 
 
 def take_up(run: Run, optimizer) -> Position:
@@ -265,18 +303,18 @@ def take_up(run: Run, optimizer) -> Position:
 
 def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, stop: StopSignals) -> None:
     """Train from position.step to the end of the epoch and save the state there, and on the way where it is due."""
-    config, epoch, n_steps = run.config, position.epoch, run.steps_per_epoch
+    config, epoch, n_steps, processes = run.config, position.epoch, run.steps_per_epoch, run.processes
     if position.step >= n_steps:
         return  # taken up between training and validation
     stage = config.stage(epoch)
-    if position.step == 0:
+    if position.step == 0 and run.is_main:
         show_first_batch(run, metrics, epoch)
     skip = position.step * config.gradient_accumulation_steps
-    batches = dataset.training_batches(run.train.tokens, config, run.tokenizer, epoch, skip, len(streams()))
+    batches = dataset.training_batches(run.train.tokens, config, run.tokenizer, epoch, skip, len(streams()), processes)
     n_tokens, started, last_save, earlier = 0, time.monotonic(), time.monotonic(), position.train_seconds
     title = f"Epoch {epoch + 1}/{config.num_epochs}, stage {stage}"
     with Progress(total=n_steps, initial=position.step, desc=title, unit=" steps") as bar:
-        for step in training_steps(run.model, optimizer, batches, config, epoch, n_steps, position.step):
+        for step in training_steps(run.model, optimizer, batches, config, epoch, n_steps, position.step, processes):
             position.step = step.number + 1
             n_tokens += step.n_tokens
             metrics.log({
@@ -294,11 +332,17 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
             bar.update()
             is_last = position.step == n_steps
             is_due = time.monotonic() - last_save >= 60 * config.save_interval_minutes
-            if (is_last or is_due or stop.requested) and not config.debug:
+            agree(stop, processes)
+            if (is_last or is_due or stop.requested) and run.is_main and not config.debug:
                 position.metrics_bytes, position.metrics_crc32 = metrics.sync()
                 ckpt.save_state(run.model, optimizer, position, run.record(epoch + is_last, stage))
                 last_save = time.monotonic()
             stop.check()
+
+
+def agree(stop: StopSignals, processes: Processes) -> None:
+    """A signal that one process has received counts in all, so that they stop at the same place."""
+    stop.requested = next(filter(None, processes.gather(stop.requested)), None)
 
 
 def show_first_batch(run: Run, metrics: MetricLog, epoch: int) -> None:
@@ -311,7 +355,7 @@ def show_first_batch(run: Run, metrics: MetricLog, epoch: int) -> None:
 
 def save_trained(run: Run, position: Position) -> None:
     """checkpoint_{epoch + 1} of a trained epoch, before it is validated (official run.py)."""
-    if not run.config.save_only_improve and not run.config.debug:
+    if run.is_main and not run.config.save_only_improve and not run.config.debug:
         record = run.record(position.epoch + 1, run.config.stage(position.epoch))
         say(f"saved {ckpt.save_checkpoint(run.model, record)}")
 
@@ -321,11 +365,11 @@ def finish_epoch(run: Run, position: Position, accuracy: float, metrics: MetricL
     config, epochs_done = run.config, position.epoch + 1
     if accuracy > position.best_accuracy:
         position.best_accuracy, position.best_epoch = accuracy, epochs_done
-        if config.save_only_improve and not config.debug:
+        if run.is_main and config.save_only_improve and not config.debug:
             record = run.record(epochs_done, config.stage(position.epoch))
             say(f"saved {ckpt.save_checkpoint(run.model, record)}, the best so far")
     position.epoch, position.step, position.train_seconds = epochs_done, 0, 0.0
-    if not config.debug:
+    if run.is_main and not config.debug:
         position.metrics_bytes, position.metrics_crc32 = metrics.sync()
         ckpt.move_state(config.run_dir, position)
         ckpt.prune(config, position)
@@ -335,10 +379,11 @@ def evaluate_only(run: Run, directory: Path) -> None:
     """Evaluate once, at the stage that `resume` gives, and write metrics.jsonl and predictions_{resume}.jsonl."""
     config, weights = run.config, run.source.weights
     stage = config.stage(config.resume)
-    trained_at = ckpt.read_record(weights).get("stage", stage)
+    trained_at = run.processes.from_main(lambda: ckpt.read_record(weights).get("stage", stage))
     if min(trained_at, config.max_latent_stage) != min(stage, config.max_latent_stage):
         warn(f"{weights} was trained at stage {trained_at}; `resume: {config.resume}` evaluates it at stage {stage}")
-    with MetricLog(directory / "metrics.jsonl", None) as metrics, StopSignals() as stop:
+    opened = MetricLog(directory / "metrics.jsonl", None) if run.is_main else NoMetrics()
+    with opened as metrics, StopSignals() as stop:
         judge(run, metrics, directory, config.resume, stage, 0.0, stop)
 
 
@@ -349,15 +394,19 @@ def judge(
 
     train_seconds: what the epoch's training took, to be logged with them.
     """
-    config, valid = run.config, run.valid
+    config, valid, processes = run.config, run.valid, run.processes
     epochs_done = epoch if config.only_eval else epoch + 1
-    loss_data = dataset.loss_batches(valid.tokens, config, run.tokenizer, epoch)
-    prompts = dataset.prompt_batches(valid.tokens, config, run.tokenizer, stage)
+    n_batches = dataset.count_batches(len(valid), config)
+    loss_data = dataset.loss_batches(valid.tokens, config, run.tokenizer, epoch, processes)
+    prompts = dataset.prompt_batches(valid.tokens, config, run.tokenizer, stage, processes)
     with computing_in(run.model, compute_dtype(config.bf16)):
-        loss = validation_loss(run.model, stop.checked(loss_data), dataset.count_batches(len(valid), config))
-        result = evaluate(run.model, valid.examples, valid.indices, stop.checked(prompts), config, run.tokenizer)
+        loss = validation_loss(run.model, stop.checked(loss_data), n_batches, processes)
+        result = evaluate(
+            run.model, valid.examples, valid.indices, stop.checked(prompts), config, run.tokenizer, processes
+        )
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
-    write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
+    if run.is_main:
+        write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
     metrics.log({
         "eval/loss": loss, "eval/acc": result.accuracy, "eval/cot_em": result.cot_match,
         "eval/n_tokens": result.mean_tokens, "eval/seconds_per_example": result.seconds_per_example,

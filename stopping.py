@@ -13,6 +13,7 @@ import _signal as signal  # what `signal` wraps, there at once: that one imports
 import os
 
 unfinished: set[str] = set()  # temporary files, to be removed when the process is stopped
+silent = False  # of several processes, one talks (utils.silence)
 
 
 def at_once() -> None:
@@ -24,6 +25,8 @@ def at_once() -> None:
 
 def announce(text: str) -> None:
     """A line on stderr from inside a signal handler: past sys.stderr, which may be in the middle of a write."""
+    if silent:
+        return
     _try(os.write, 2, f"\n{text}\n".encode() if os.isatty(2) else f"{text}\n".encode())
 
 

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from coconut import Batch, Coconut, compute_dtype, computing_in
 from config import Config
+from processes import ALONE, Processes
 from streams import spread
 from utils import RunError
 
@@ -44,13 +45,15 @@ def training_steps(
     epoch: int,
     n_steps: int,
     first: int,
+    processes: Processes = ALONE,
 ) -> Iterator[Step]:
     """Train on micro-batches, gradient_accumulation_steps of them to a step; yields after every optimiser step.
 
-    batches: micro-batches in parts (see dataset.in_parts); n_steps: optimiser steps of a whole epoch; first: the one
+    batches: micro-batches in parts (see dataset.own_parts); n_steps: optimiser steps of a whole epoch; first: the one
     that `batches` begins with.
 
-    Dropout is a function of seed, epoch and step, so that a run taken up at any step goes on as if never stopped.
+    Dropout is a function of seed, epoch, step and process, so that a run taken up at any step goes on as if never
+    stopped. All processes take the same step: losses and gradients are summed before it.
     Raises RunError at the first loss that is not finite, before it touches the weights.
     """
     model.train()
@@ -60,20 +63,23 @@ def training_steps(
         group = list(islice(batches, config.gradient_accumulation_steps))
         if not group:
             return
-        mx.random.seed(_dropout_seed(config.seed, epoch, number))
+        mx.random.seed(_dropout_seed(config.seed, epoch, number, processes.rank))
         loss, gradient = _accumulate(loss_and_gradient, group, config.gradient_accumulation_steps)
+        n_tokens = int(sum(part.real.sum() for parts in group for part in parts if part.share))
+        loss, n_tokens = map(sum, zip(*processes.gather((loss, n_tokens)), strict=True))
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss is {loss} in epoch {epoch + 1}, step {number}: training stopped, checkpoints are untouched. "
                 "A lower learning rate (lr) is the usual remedy"
             )
+        gradient = processes.sum(gradient)
         if config.max_grad_norm is not None:
             gradient = clipped(gradient, config.max_grad_norm)
         if config.warmup_steps:
             optimizer.learning_rate = config.lr * min(1.0, (epoch * n_steps + number + 1) / config.warmup_steps)
         optimizer.update(model, gradient)
         mx.eval(model.parameters(), optimizer.state)
-        yield Step(number, loss, int(sum(part.real.sum() for parts in group for part in parts)))
+        yield Step(number, loss, n_tokens)
 
 
 def _share_of_loss(model: Coconut, dtype: mx.Dtype, batch: Batch) -> mx.array:
@@ -106,5 +112,5 @@ def _accumulate(loss_and_gradient, group: list[list[Batch]], n_accumulated: int)
     return sum(losses) / len(losses), total
 
 
-def _dropout_seed(seed: int, epoch: int, step: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch, step)).generate_state(1, np.uint64)[0])
+def _dropout_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])

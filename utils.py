@@ -29,15 +29,22 @@ class Stopped(Exception):
         self.signal = signal
 
 
+def silence() -> None:
+    """From now on `say`, `warn` and Progress print nothing, nor does a signal: of several processes, one talks."""
+    stopping.silent = True
+
+
 def say(text: str = "") -> None:
     """Print a line for the user without tearing a progress bar that is on screen."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    if not stopping.silent:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    if not stopping.silent:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class StopSignals:
@@ -95,8 +102,8 @@ class Progress(tqdm):
         self.plain = not can_redraw()
         if self.plain:
             kwargs.update(mininterval=30, bar_format=self.PLAIN)
-        super().__init__(*args, dynamic_ncols=not self.plain, **kwargs)
-        if self.plain:
+        super().__init__(*args, dynamic_ncols=not self.plain, disable=stopping.silent, **kwargs)
+        if self.plain and not self.disable:
             self._decr_instances(self)  # so that say and warn do not clear it with cursor movements and draw it again
 
     def display(self, msg=None, pos=None):

@@ -26,6 +26,7 @@ BOTTOM = {
     "token_cache",
     "loss",
     "streams",
+    "processes",
 }
 
 
