@@ -73,7 +73,7 @@ class Config:
     # Training
     num_epochs: int = key("epochs in all, the skipped ones of `resume` included", 1, at_least=1)
     resume: int = key("epochs to skip at the start; with only_eval, the epoch whose stage is evaluated", 0, at_least=0)
-    batch_size_training: int = key("items per micro-batch", 32, at_least=1)
+    batch_size_training: int = key("items per micro-batch, in each process", 32, at_least=1)
     gradient_accumulation_steps: int = key("micro-batches per optimiser step", 1, at_least=1)
     lr: float = key("learning rate of AdamW", 1e-4, at_least=0)
     weight_decay: float = key("weight decay of AdamW, on every parameter", 0.01, at_least=0)

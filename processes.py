@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import cpu_blas  # noqa: F401  must come before mlx
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from utils import RunError, UserError, say, silence
 
@@ -35,6 +35,7 @@ GRACE = 2  # seconds in which process 0, told of another's failure, may come to 
 PATIENCE = 5  # seconds to wait for what should come at once
 # A machine that vanished (no power, no network) says nothing: its silence counts as its death after about 20 seconds.
 SILENCE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+GROUP = 32 << 20  # bytes of gradients that are summed in one go
 HEADER = struct.Struct("!?Q")  # of a message: whether it is the sender's last one, and its length
 
 
@@ -217,7 +218,13 @@ class Launched(Processes):
         return self._share(None)
 
     def sum(self, tree: Any) -> Any:
-        return tree_map(self._summed, tree)
+        names, arrays = zip(*tree_flatten(tree), strict=True)
+        summed = []
+        for group in _groups(arrays):
+            ends = np.cumsum([array.size for array in group])[:-1].tolist()
+            flat = self._summed(mx.concatenate([array.reshape(-1) for array in group]))
+            summed += [part.reshape(array.shape) for part, array in zip(mx.split(flat, ends), group, strict=True)]
+        return tree_unflatten(list(zip(names, summed, strict=True)))
 
     def check_same(self, tree: Any, when: str) -> None:
         checksum = 0
@@ -367,3 +374,15 @@ class Launched(Processes):
                 link.send(pickle.dumps(End(status, "")), is_last=True)
         for link in links if status else ():
             link.closed.wait(GRACE)
+
+
+def _groups(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    """Neighbours together up to about GROUP bytes: each sum costs a round of the ring, however small it is."""
+    group: list[mx.array] = []
+    for array in arrays:
+        if group and sum(a.nbytes for a in group) + array.nbytes > GROUP:
+            yield group
+            group = []
+        group.append(array)
+    if group:
+        yield group

@@ -47,6 +47,14 @@ def test_generate_prints_its_fields():
     assert (result["examples"], result["prompt_tokens"], result["latents"]) == (3, 9 + 6 + 2, 0)
 
 
+def test_data_parallel_computes_the_same_and_says_what_it_spends_on_communication():
+    result = measured("data_parallel.py")
+    one, two = result["one_process"], result["two_processes"]
+    assert two["seconds"] > two["sum_seconds"] > 0 == one["sum_share"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=0.05)  # dropout differs
+    assert {"speedup", "processor", "load"} <= result.keys()
+
+
 def test_required_flops_of_a_model_small_enough_to_count(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import workload

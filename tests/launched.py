@@ -1,0 +1,55 @@
+"""Start a run in several processes, as mlx.launch does it: MLX_RANK and MLX_HOSTFILE, on free ports."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"COCONUT_STREAMS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody listens at."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Group:
+    """N processes of `python run.py ARGUMENTS`; used as a context it leaves none of them alive."""
+
+    def __init__(self, n: int, hostfile: Path, *arguments):
+        hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
+        command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ | ENVIRONMENT | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(n)
+        ]
+
+    def wait(self, timeout: float = 100) -> list[tuple[int, str, str]]:
+        """Status, stdout and stderr of each, by rank."""
+        outputs = [process.communicate(timeout=timeout) for process in self.processes]
+        return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
