@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from utils import RunError, UserError, say, silence
 
 START = 120  # seconds a process may come later than the first
-GRACE = 2  # seconds in which process 0, told of another's failure, may come to the same end by itself
+GRACE = 5  # seconds in which process 0, told of another's failure, may come to the same end by itself
 PATIENCE = 5  # seconds to wait for what should come at once
 # A machine that vanished (no power, no network) says nothing: its silence counts as its death after about 20 seconds.
 SILENCE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
@@ -181,7 +181,8 @@ class Link:
                     break
                 if is_last:
                     end = pickle.loads(message)
-                self._inbox.put(message)
+                else:
+                    self._inbox.put(message)
         ended(self, end)
         self.closed.set()
 
@@ -310,7 +311,7 @@ class Launched(Processes):
         """The rank of a caller from the same launch."""
         connection.settimeout(PATIENCE)
         with suppress(OSError):
-            greeting = connection.recv(len(self.place.greeting()), socket.MSG_WAITALL)
+            greeting = connection.recv(len(self.place.greeting()))  # so few bytes come in one piece
             ranks = {self.place._replace(rank=rank).greeting(): rank for rank in range(1, self.size)}
             return ranks.get(greeting)
         return None

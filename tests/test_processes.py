@@ -266,6 +266,31 @@ def test_parameters_that_differ_in_a_bit_stop_the_run(pair):
         assert "at the start the parameters of process 1 (there) are not those of process 0" in str(error)
 
 
+@pytest.mark.parametrize("n_valid", [3, 7])
+def test_an_evaluation_is_shared_out(n_valid, tiny, call_main):
+    """only_eval; 3 items are one batch, so that one process has nothing to do."""
+    tiny.write("valid.json", [tiny_item(a, 2, a % 4) for a in range(1, 1 + n_valid)])
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / "checkpoint_1", "batch_size_eval": 3}
+    alone = call_main(tiny.config(name="alone", **keys))
+    with Group(2, tiny.folder / "hosts.json", tiny.config(name="group", **keys)) as group:
+        (status, out, err), other = group.wait()
+    assert (status, other) == (0, (0, "", "")), err
+    (one,), (several,) = tiny.records("alone"), tiny.records("group")
+    assert several["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-6)
+    texts = [(tiny.runs / name / "predictions_0.jsonl").read_text() for name in ("alone", "group")]
+    assert texts[0] == texts[1] and texts[0].count("\n") == n_valid
+    assert f"/{n_valid} = " in out and f"/{n_valid} = " in alone.out
+
+
+def test_the_plan_counts_all_processes(tiny):
+    with Group(2, tiny.folder / "hosts.json", tiny.config(batch_size_training=2), "--dry-run") as group:
+        (status, out, err), other = group.wait()
+    assert (status, other) == (0, (0, "", "")), err
+    assert "2 optimiser steps an epoch, of 4 items each" in out
+    assert not tiny.runs.exists()
+
+
 # The end
 
 
