@@ -13,6 +13,7 @@ import token_cache
 from config import METHODS, Config
 from dataset import Data, collate, prompt_sequence, training_sequence
 from examples import Example, Source
+from processes import Processes
 from token_data import tokenise
 from tokenizer import Tokenizer
 from utils import UserError
@@ -313,6 +314,20 @@ def test_six_parts_of_four_rows_are_four():
 def test_validation_loss_goes_through_the_file_in_order():
     found = questions(dataset.loss_batches(small_set(), make_config(**CURRICULUM), TOKENIZER, 2))
     assert found == [f"What is {i}" for i in range(11)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_several_processes_share_out_the_validation_set(n):
+    """The batches of one process, each in one of them: nothing is counted twice."""
+    data, config, processes = small_set(), make_config(**CURRICULUM), [Processes() for _ in range(n)]
+    for rank, process in enumerate(processes):
+        process.rank, process.size = rank, n
+    alone = [questions([batch]) for batch in dataset.loss_batches(data, config, TOKENIZER, 2)]
+    shared = [questions([batch]) for p in processes for batch in dataset.loss_batches(data, config, TOKENIZER, 2, p)]
+    assert sorted(shared) == sorted(alone)
+    alone = [chosen for chosen, _ in dataset.prompt_batches(data, config, TOKENIZER, 1)]
+    shared = [chosen for p in processes for chosen, _ in dataset.prompt_batches(data, config, TOKENIZER, 1, p)]
+    assert sorted(shared) == sorted(alone)
 
 
 def test_prompts_come_with_their_indices_by_length():
