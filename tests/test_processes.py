@@ -28,7 +28,7 @@ import stopping
 from config import Config
 from dataset import Sequence, in_parts, own_parts
 from processes import ALONE, Launched, Place, Processes, join
-from train import _dropout_seed
+from train import training_steps
 from utils import RunError, UserError
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -103,9 +103,18 @@ def test_parts_of_all_processes_are_the_micro_batch(n, n_rows):
         assert [part.share for part in parts[0]] == [part.share for part in in_parts(rows, 2, 0)]
 
 
-def test_each_process_draws_its_own_dropout():
+def test_each_process_draws_its_own_dropout(monkeypatch):
     """And process 0 draws what one process alone draws."""
-    seeds = [_dropout_seed(3, 1, 7, rank) for rank in range(3)]
+    seeds, config = [], Config(save_path="", name="", val_path="", seed=3)
+
+    def note(seed):
+        seeds.append(seed)
+        raise RunError("that is all")
+
+    monkeypatch.setattr(module.mx.random, "seed", note)
+    for rank in range(3):
+        with pytest.raises(RunError):
+            next(training_steps(SimpleNamespace(train=list), None, [[]], config, 1, 9, 7, one_of(3, rank)))
     assert len(set(seeds)) == 3
     assert seeds[0] == np.random.SeedSequence((3, 1, 7)).generate_state(1, np.uint64)[0]
 
