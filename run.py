@@ -119,6 +119,8 @@ def command(arguments: list[str], processes: Processes) -> None:
     if not words:
         raise UserError(f"which configuration?\n\n{usage()}")
     config = processes.from_main(lambda: load_config(words[0], words[1:]))
+    if config.grad_checkpoint:
+        use_one()
     if words == arguments:
         execute(config, processes)
     else:
@@ -189,8 +191,6 @@ def output_directory(config: Config) -> Path:
 
 def load(config: Config, n_processes: int) -> Run:
     """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
-    if config.grad_checkpoint:
-        use_one()
     saved = ckpt.find_saved(config.run_dir) if config.run_dir.is_dir() and not config.only_eval else None
     source = find_source(config, saved.path if saved else named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)

@@ -42,26 +42,9 @@ def test_a_bad_number_is_one_clear_error(value):
     assert run(code, COCONUT_STREAMS=value) == f"COCONUT_STREAMS: expected a number from 1 to 64, found {value!r}\n"
 
 
-PARALLEL = """
-import sys, threading, time
-import streams, mlx.core as mx
-if sys.argv[1:]: streams.use_one()
-mx.set_default_device(mx.cpu)
-def deep(n):  # long enough that two of them overlap, wide enough to be done one by one in MLX's usual order
-    x = mx.random.normal((300, 300))
-    leaves = [mx.sin(x + i) for i in range(40)]
-    for i in range(n): x = mx.sin(x @ leaves[i % 40])
-    return x
-mx.eval(deep(1))
-def cpu_per_second(function):
-    cpu, wall = time.process_time(), time.perf_counter()
-    mx.eval(function())
-    return (time.process_time() - cpu) / (time.perf_counter() - wall)
-"""
-
-
 def test_results_are_those_of_one_stream():
-    code = PARALLEL + (
+    code = (
+        "import streams, mlx.core as mx\n"
         "results = streams.spread(lambda n: mx.arange(6.0) * n, range(5)); mx.eval(results)\n"
         "print([r.tolist() == [n * i for i in range(6)] for n, r in enumerate(results)])"
     )
