@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiny products, and the same sums on every machine; before cpu_blas
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiny products, and sums for any number of cores; before cpu_blas
 os.environ.setdefault("COCONUT_STREAMS", "2")
 
 import run as trainer
@@ -31,7 +31,7 @@ sys.path.append(str(ROOT / "preprocessing"))
 import chains  # noqa: E402
 
 TITLES = {"no_cot": "No-CoT", "cot": "CoT", "coconut": "Coconut", "no_thoughts": "Coconut without thoughts"}
-DURATION = "about 6 minutes on two CPU cores"
+DURATION = "about 3 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version: an eighth of the data, so that epochs are short; too few steps to learn from.
 QUICK_DATA = ["--prefix", "chains_quick", "--train", "2500", "--valid", "200"]

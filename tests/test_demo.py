@@ -138,7 +138,7 @@ def test_the_demo_says_first_what_comes_and_last_how_to_go_on(tmp_path, capsys, 
     monkeypatch.setattr(demo, "is_finished", lambda config: config.method != "coconut")
     assert demo.main(["--out", str(tmp_path), "--methods", "cot", "coconut", "coconut"]) == 130
     printed = capsys.readouterr()
-    for words in ("chance: 0.1", "CoT, Coconut, one", "about 6 minutes", "1 trained already", f"{tmp_path}/seed_0"):
+    for words in ("chance: 0.1", "CoT, Coconut, one", "about 3 minutes", "1 trained already", f"{tmp_path}/seed_0"):
         assert words in printed.out, words
     assert "goes on from here" in printed.err
     monkeypatch.setattr(demo, "is_finished", lambda config: True)
