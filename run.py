@@ -263,15 +263,15 @@ def train_through(run: Run) -> None:
             train_epoch(run, optimizer, position, metrics, stop)
             run.processes.check_same(run.model.parameters(), f"after epoch {epoch + 1}")
             save_trained(run, position)
-            agree(stop, run.processes)
-            stop.check()
+            if asked := asked_to_stop(stop, run.processes):
+                raise Stopped(asked)
             result = judge(run, metrics, config.run_dir, epoch, stage, position.train_seconds, stop)
             finish_epoch(run, position, result.accuracy, metrics)
             if run.is_main and time.monotonic() - drawn > REDRAW and position.epoch < config.num_epochs:
                 keep_curves(config.run_dir)
                 drawn = time.monotonic()
-            agree(stop, run.processes)
-            stop.check()
+            if asked := asked_to_stop(stop, run.processes):
+                raise Stopped(asked)
         if run.is_main:
             keep_curves(config.run_dir)
     say(f"done: {config.run_dir}")
@@ -332,17 +332,22 @@ def train_epoch(run: Run, optimizer, position: Position, metrics: MetricLog, sto
             bar.update()
             is_last = position.step == n_steps
             is_due = time.monotonic() - last_save >= 60 * config.save_interval_minutes
-            agree(stop, processes)
-            if (is_last or is_due or stop.requested) and run.is_main and not config.debug:
+            asked = asked_to_stop(stop, processes)
+            if (is_last or is_due or asked) and run.is_main and not config.debug:
                 position.metrics_bytes, position.metrics_crc32 = metrics.sync()
                 ckpt.save_state(run.model, optimizer, position, run.record(epoch + is_last, stage))
                 last_save = time.monotonic()
-            stop.check()
+            if asked:
+                processes.gather("saved")  # the first to leave ends the others
+                raise Stopped(asked)
 
 
-def agree(stop: StopSignals, processes: Processes) -> None:
-    """A signal that one process has received counts in all, so that they stop at the same place."""
-    stop.requested = next(filter(None, processes.gather(stop.requested)), None)
+def asked_to_stop(stop: StopSignals, processes: Processes) -> int | None:
+    """The signal that any process has received: the same answer in all, so that they stop at the same place.
+
+    One that comes while this process waits for the others' answers counts the next time.
+    """
+    return next(filter(None, processes.gather(stop.requested)), None)
 
 
 def show_first_batch(run: Run, metrics: MetricLog, epoch: int) -> None:

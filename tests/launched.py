@@ -22,11 +22,11 @@ def free_ports(n: int) -> list[int]:
 
 
 class Group:
-    """N processes of `python run.py ARGUMENTS`; used as a context it leaves none of them alive."""
+    """N processes of `python run.py ARGUMENTS`, or of another script; as a context it leaves none of them alive."""
 
-    def __init__(self, n: int, hostfile: Path, *arguments):
+    def __init__(self, n: int, hostfile: Path, *arguments, script: Path = ROOT / "run.py"):
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
-        command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
+        command = [sys.executable, str(script), *map(str, arguments)]
         self.processes = [
             subprocess.Popen(
                 command,

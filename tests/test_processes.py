@@ -28,8 +28,9 @@ import stopping
 from config import Config
 from dataset import Sequence, in_parts, own_parts
 from processes import ALONE, Launched, Place, Processes, join
+from run import asked_to_stop
 from train import training_steps
-from utils import RunError, UserError
+from utils import RunError, StopSignals, UserError
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
@@ -318,8 +319,8 @@ class GroupTrial(Trial):
         own = {"reset_optimizer": False, "batch_size_training": 2, "gradient_accumulation_steps": 2}
         super().__init__(folder, own | keys)
 
-    def start(self, *overrides) -> Group:
-        return Group(2, self.folder / "hosts.json", self.folder / "trial.yaml", *overrides)
+    def start(self, *overrides, **options) -> Group:
+        return Group(2, self.folder / "hosts.json", self.folder / "trial.yaml", *overrides, **options)
 
     def finish(self) -> str:
         with self.start() as group:
@@ -368,6 +369,46 @@ def test_a_signal_to_any_process_stops_all_at_one_step(number, whole, tmp_path):
     assert [status for status, _, _ in outcomes] == [128 + number] * 2, outcomes
     assert "".join(err for _, _, err in outcomes).count("stopped. To go on: the same mlx.launch with python run") == 1
     assert list(trial.run_dir.glob("state_*_*"))
+    trial.finish()
+    assert differences(whole, trial) == []
+
+
+def test_a_signal_while_the_processes_agree_counts_the_next_time():
+    """Waiting for a slower process is where a signal is most likely to come."""
+    stop = StopSignals()
+
+    class Waiting(Processes):
+        def gather(self, value):
+            stop.requested = signal.SIGTERM
+            return [value, None]
+
+    assert asked_to_stop(stop, Waiting()) is None
+    assert asked_to_stop(stop, ALONE) == signal.SIGTERM
+
+
+SLOW_DISK = """
+import sys, time
+sys.path.insert(0, {root!r})
+import processes, run
+processes.GRACE = processes.PATIENCE = 0.2
+save = run.ckpt.save_state
+run.ckpt.save_state = lambda *arguments: (time.sleep(3), save(*arguments))
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_the_others_wait_until_process_0_has_saved(whole, tmp_path):
+    """However long that takes: a step that all have taken is not lost because one was asked to stop."""
+    trial = GroupTrial(tmp_path / "stopped", save_interval_minutes=60)
+    (tmp_path / "slow.py").write_text(SLOW_DISK.format(root=str(ROOT)))
+    with trial.start(script=tmp_path / "slow.py") as group:
+        wait_for(lambda: trial.n_lines >= 2, group)
+        group.processes[1].send_signal(signal.SIGTERM)
+        outcomes = group.wait()
+    assert [status for status, _, _ in outcomes] == [128 + signal.SIGTERM] * 2, outcomes
+    (state,) = trial.run_dir.glob("state_*_*")
+    position = json.loads((state / ckpt.RECORD).read_text())["position"]
+    assert 5 * position["epoch"] + position["step"] == trial.n_lines
     trial.finish()
     assert differences(whole, trial) == []
 
