@@ -105,7 +105,7 @@ def evaluate(
     latents: dict[int, int] = {}
     n_correct, start = 0, time.perf_counter()
     own = processes.own(range(0, len(examples), config.batch_size_eval))
-    n_own = min(len(examples), len(own) * config.batch_size_eval)  # at most
+    n_own = sum(min(config.batch_size_eval, len(examples) - start) for start in own)
     with Progress(total=n_own, desc="Answers", unit=" items", leave=False) as bar:
         for indices, batch in batches:
             outputs = model.generate(batch.to_mlx(), config.answer_limit, tokenizer.eos_id)
