@@ -9,8 +9,6 @@ official code does, and does only --peer-examples of them; the ratio is per exam
 """
 
 import argparse
-import json
-import sys
 
 import workload
 
@@ -100,18 +98,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded for each (default: 32)")
     parser.add_argument("--peer-examples", type=int, default=2, help="prompts that the peer decodes (default: 2)")
     parser.add_argument("--sweep", help="examples, batch, latents or length, with =VALUES where others are wanted")
-    options = parser.parse_args()
-    arguments = sys.argv[1:]
-    if options.worker:
-        (serve_ours if options.worker == "ours" else serve_peer)(options)
-        return
-    if not options.sweep:
-        print(json.dumps(measure(options, arguments)))
-        return
     defaults = {"examples": [8, 16, 32, 64], "batch": [1, 4, 16, 32, 64], "latents": [0, 2, 6], "length": [57, 360]}
-    name, values = workload.sweep_values(options.sweep, defaults)
-    points = workload.sweep(parser, arguments, name, values, measure)
-    print(json.dumps({"benchmark": "generate", "sweep": name, "points": points}))
+    workload.command("generate", parser, {"ours": serve_ours, "peer": serve_peer}, measure, defaults)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ large matrix product just before the step (on each of the cores), as a share of 
 
 import argparse
 import itertools
-import json
-import sys
 import time
 
 import workload
@@ -108,18 +106,8 @@ def main() -> None:
     parser = workload.parser(__doc__, batch=4)
     parser.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--sweep", help="latents, batch or length, with =VALUES where others are wanted")
-    options = parser.parse_args()
-    arguments = sys.argv[1:]
-    if options.worker:
-        (serve_ours if options.worker == "ours" else serve_peer)(options)
-        return
-    if not options.sweep:
-        print(json.dumps(measure(options, arguments)))
-        return
     defaults = {"latents": [0, 1, 2, 4, 6, 8], "batch": [1, 2, 4, 8], "length": [57, 120, 240, 360]}
-    name, values = workload.sweep_values(options.sweep, defaults)
-    points = workload.sweep(parser, arguments, name, values, measure)
-    print(json.dumps({"benchmark": "train_step", "sweep": name, "points": points}))
+    workload.command("train_step", parser, {"ours": serve_ours, "peer": serve_peer}, measure, defaults)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,28 @@ def sweep(make: argparse.ArgumentParser, arguments: list[str], name: str, values
     return points
 
 
+def command(
+    name: str,
+    make: argparse.ArgumentParser,
+    serve_side: dict[str, Callable[[argparse.Namespace], None]],
+    measure: Callable[[argparse.Namespace, list[str]], dict],
+    defaults: dict[str, list[int]],
+) -> None:
+    """Do what the command line says: be a worker, or print the one JSON line of a measurement or of a sweep.
+
+    serve_side: what a worker of each side does; defaults: the values of each option that can be swept.
+    """
+    options, arguments = make.parse_args(), sys.argv[1:]
+    if options.worker:
+        serve_side[options.worker](options)
+    elif not options.sweep:
+        print(json.dumps(measure(options, arguments)))
+    else:
+        swept, values = sweep_values(options.sweep, defaults)
+        points = sweep(make, arguments, swept, values, measure)
+        print(json.dumps({"benchmark": name, "sweep": swept, "points": points}))
+
+
 def say(text: str) -> None:
     """Progress, beside the result on stdout."""
     print(text, file=sys.stderr, flush=True)
