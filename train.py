@@ -76,7 +76,9 @@ def training_steps(
         if config.max_grad_norm is not None:
             gradient = clipped(gradient, config.max_grad_norm)
         if config.warmup_steps:
-            optimizer.learning_rate = config.lr * min(1.0, (epoch * n_steps + number + 1) / config.warmup_steps)
+            epochs_before = max(0, epoch - config.resume)  # those that `resume` skips were another run's
+            n_taken = epochs_before * n_steps + number
+            optimizer.learning_rate = config.lr * min(1.0, (n_taken + 1) / config.warmup_steps)
         optimizer.update(model, gradient)
         mx.eval(model.parameters(), optimizer.state)
         yield Step(number, loss, n_tokens)

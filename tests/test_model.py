@@ -263,6 +263,19 @@ def sgd_steps(batches, **keys) -> tuple[list, dict]:
     return steps, change
 
 
+@pytest.mark.parametrize(("resume", "epoch", "rates"), [
+    (0, 0, [0.025, 0.05]), (0, 1, [0.075, 0.1]), (0, 3, [0.1, 0.1]), (3, 3, [0.025, 0.05]), (3, 4, [0.075, 0.1]),
+    (5, 3, [0.025, 0.05]),  # a run directory is taken up whatever `resume` says
+])  # fmt: skip
+def test_the_learning_rate_rises_from_the_first_epoch_that_is_trained(resume, epoch, rates):
+    model, batches = make_model(), [in_parts(make_rows([(9, 2)]), 1, pad_id=0)] * 2
+    config = Config(save_path="", name="", val_path="", coconut=True, lr=0.1, warmup_steps=4, resume=resume)
+    optimizer, seen = new_optimizer(model, config), []
+    for _ in training_steps(model, optimizer, batches, config, epoch, n_steps=2, first=0):
+        seen.append(optimizer.learning_rate.item())
+    assert seen == pytest.approx(rates)
+
+
 def test_accumulated_equals_one_big_batch():
     """Four micro-batches with equally many labelled tokens give the loss and gradient of their union."""
     rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0), (9, 1)], n_labelled=3)
