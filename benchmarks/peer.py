@@ -56,10 +56,11 @@ def think(model: GPT2LMHeadModel, batch: PeerBatch):
     logits, start = [], 0
     for k, end in enumerate([*range(batch.first_latent, batch.first_latent + n_latents), length]):
         out = model(
+            None,  # input_ids
+            cache,  # by position: the keyword past_key_values became cache in transformers 5.24
             inputs_embeds=embeddings[:, start:end],
             attention_mask=batch.mask[:, :end],
             position_ids=batch.positions[:, start:end],
-            past_key_values=cache,
             use_cache=True,
             output_hidden_states=True,
         )
