@@ -1,4 +1,4 @@
-# make demo   from a bare machine to a trained, compared and drawn model (about 3 minutes; says so first)
+# make demo   from a bare machine to a trained, compared and drawn model (3 to 7 minutes; says so first)
 # make test   from a bare machine to the whole test suite
 #
 # Both make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time

@@ -31,7 +31,7 @@ sys.path.append(str(ROOT / "preprocessing"))
 import chains  # noqa: E402
 
 TITLES = {"no_cot": "No-CoT", "cot": "CoT", "coconut": "Coconut", "no_thoughts": "Coconut without thoughts"}
-DURATION = "about 3 minutes on two CPU cores"
+DURATION = "3 to 7 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version: an eighth of the data, so that epochs are short; too few steps to learn from.
 QUICK_DATA = ["--prefix", "chains_quick", "--train", "2500", "--valid", "200"]
@@ -52,7 +52,7 @@ class Result:
     n_tokens: float
     seconds_per_example: float
     n_epochs: int
-    minutes: float  # of training, without the evaluations
+    seconds: float  # of training, without the evaluations
 
 
 def main(arguments: list[str]) -> int:
@@ -175,8 +175,8 @@ def read_result(method: str, directory: Path) -> Result:
         interval=tuple(last["acc_interval"]),
         n_tokens=last["eval/n_tokens"],
         seconds_per_example=last["eval/seconds_per_example"],
-        n_epochs=last["epoch"],
-        minutes=sum(record["train/seconds"] for record in evaluations) / 60,
+        n_epochs=len(evaluations),
+        seconds=sum(record["train/seconds"] for record in evaluations),
     )
 
 
@@ -190,7 +190,7 @@ def table(results: list[Result]) -> list[str]:
             f"{r.n_tokens:.1f}",
             f"{r.seconds_per_example:.4f}",
             str(r.n_epochs),
-            f"{60 * r.minutes:.0f} s",
+            f"{r.seconds:.0f} s",
         ]
         for r in results
     ]
@@ -211,6 +211,7 @@ def notes(options: argparse.Namespace) -> list[str]:
         "Guessing is right in 0.100 of all cases. Who looks at the operations alone and not at the number they start",
         f"from is right in {blind:.3f} at best: after `* 0` the answer is known. No-CoT gets little further.",
         "Coconut: the first of the three steps is a thought, the others are words; without thoughts it is left out.",
+        f"A stage has {config.epochs_per_stage} epochs; stage 0, which is easy, begins at epoch {config.resume + 1}.",
         f"Tokens include thoughts. Seconds per example: in batches of {config.batch_size_eval}, on this machine.",
     ]
 

@@ -7,26 +7,22 @@ goes to a file for each seed beside its runs. Ten seeds take about an hour of tw
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 import stopping  # noqa: E402
 
-METHODS = ["no_cot", "cot", "coconut", "no_thoughts"]
+if __name__ == "__main__":
+    stopping.at_once()  # before the slow imports
 
+from demo import TITLES, Result, read_result  # noqa: E402
 
-class Result(NamedTuple):
-    """A finished run."""
-
-    accuracy: float
-    seconds: float  # of training, without the evaluations
+METHODS = list(TITLES)
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +35,7 @@ def main(arguments: list[str]) -> int:
         return 1
     name = "quick" if options.quick else "seed"
     results = {
-        method: [read(options.out / f"{name}_{seed}" / method) for seed in range(options.seeds)]
+        method: [read_result(method, options.out / f"{name}_{seed}" / method) for seed in range(options.seeds)]
         for method in options.methods
     }
     print("", *by_seed(results), "", *summary(results), "", verdict(results), sep="\n")
@@ -70,13 +66,6 @@ def run_demo(seed: int, options: argparse.Namespace) -> int:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     print(f"seed {seed}: {f'failed with status {status}, see {log}' if status else 'done'}", flush=True)
     return status
-
-
-def read(run_dir: Path) -> Result:
-    """Last accuracy and whole training time, from a run's metrics."""
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    evaluations = [record for record in records if "eval/acc" in record]
-    return Result(evaluations[-1]["eval/acc"], sum(record["train/seconds"] for record in evaluations))
 
 
 def by_seed(results: dict[str, list[Result]]) -> list[str]:
@@ -110,5 +99,4 @@ def verdict(results: dict[str, list[Result]]) -> str:
 
 
 if __name__ == "__main__":
-    stopping.at_once()
     sys.exit(main(sys.argv[1:]))

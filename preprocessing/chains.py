@@ -1,6 +1,6 @@
 """Generate chains of arithmetic modulo 10, from a seed: data/chains_{train,valid}.json and data/chains_vocabulary.json.
 
-    python preprocessing/chains.py                                    20,000 and 500 items of 3 operations, in a second
+    python preprocessing/chains.py                                    17,000 and 500 items of 3 operations, in a second
     python preprocessing/chains.py --operations 4 --modulus 7 --prefix sevens
 
 A question is a number and operations on it, worked off from left to right, without precedence, every value modulo 10;
@@ -105,7 +105,7 @@ def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=3, help="operations in a question (default 3)")
     parser.add_argument("--modulus", type=int, default=10, help="values are 0 to MODULUS - 1 (default 10)")
-    parser.add_argument("--train", type=int, default=20_000, help="training items (default 20,000)")
+    parser.add_argument("--train", type=int, default=17_000, help="training items (default 17,000)")
     parser.add_argument("--valid", type=int, default=500, help="validation items (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default 0)")
     parser.add_argument("--prefix", default="chains", help="beginning of the files' names (default chains)")

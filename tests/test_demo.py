@@ -69,11 +69,11 @@ def test_the_configurations_differ_in_the_method_alone(method):
     assert {key for key in ours if ours[key] != base[key]} <= {"name", *demo.TITLES}
 
 
-def finished_run(folder, accuracies):
+def finished_run(folder, accuracies, first_epoch=1):
     """A run's metrics.jsonl with two stages."""
     folder.mkdir()
     lines = []
-    for epoch, accuracy in enumerate(accuracies, start=1):
+    for epoch, accuracy in enumerate(accuracies, start=first_epoch):
         stage = 0 if epoch < 3 else 1
         for step in range(4):
             index = (epoch - 1) * 4 + step
@@ -85,7 +85,7 @@ def finished_run(folder, accuracies):
 
 
 def test_the_table_holds_the_last_evaluation_and_the_whole_training_time(tmp_path):
-    lines = demo.table([demo.read_result("coconut", finished_run(tmp_path / "a", [0.2, 0.5, 0.75]))])
+    lines = demo.table([demo.read_result("coconut", finished_run(tmp_path / "a", [0.2, 0.5, 0.75], 4))])
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "Coconut", "0.750 (0.100 to 0.900)", "7.0", "0.0100", "3", "15 s",
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_the_table_holds_the_last_evaluation_and_the_whole_training_time(tmp_pat
 
 
 def test_a_finished_run_is_not_trained_again_and_another_ones_is_refused(tmp_path):
-    keys = [f"save_path={tmp_path}", "name=a", "num_epochs=3"]
+    keys = [f"save_path={tmp_path}", "name=a", "num_epochs=3", "resume=0"]
     config = load_config(str(ROOT / "args" / "demo_coconut.yaml"), keys)
     assert not demo.is_finished(config)
     finished_run(tmp_path / "a", [0.2, 0.5, 0.75])
@@ -138,7 +138,7 @@ def test_the_demo_says_first_what_comes_and_last_how_to_go_on(tmp_path, capsys, 
     monkeypatch.setattr(demo, "is_finished", lambda config: config.method != "coconut")
     assert demo.main(["--out", str(tmp_path), "--methods", "cot", "coconut", "coconut"]) == 130
     printed = capsys.readouterr()
-    for words in ("chance: 0.1", "CoT, Coconut, one", "about 3 minutes", "1 trained already", f"{tmp_path}/seed_0"):
+    for words in ("chance: 0.1", "CoT, Coconut, one", "3 to 7 minutes", "1 trained already", f"{tmp_path}/seed_0"):
         assert words in printed.out, words
     assert "goes on from here" in printed.err
     monkeypatch.setattr(demo, "is_finished", lambda config: True)
@@ -177,8 +177,8 @@ def test_seeds_are_summed_up_and_judged(tmp_path):
     runs = {"a": [0.9, 1.0], "b": [0.1, 0.5], "c": [0.97, 0.96], "d": [0.0, 0.46], "e": [0.95], "f": [0.3]}
     for name, accuracies in runs.items():
         finished_run(tmp_path / name, accuracies)
-    a, b, c, d, e, f = (demo_seeds.read(tmp_path / name) for name in "abcdef")
-    assert a == (1.0, 10.0)
+    a, b, c, d, e, f = (demo.read_result("coconut", tmp_path / name) for name in "abcdef")
+    assert (a.accuracy, a.seconds) == (1.0, 10.0)
     results = {"no_cot": [b, d, f], "coconut": [a, c, e]}
     rows = ["| 0 | 0.500 | 1.000 |", "| 1 | 0.460 | 0.960 |", "| 2 | 0.300 | 0.950 |"]
     assert demo_seeds.by_seed(results)[2:] == rows
