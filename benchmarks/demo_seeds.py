@@ -3,7 +3,7 @@
 Runs demo.py once for each seed (what is trained already is not trained again), so many at a time as --jobs says, and
 prints the last accuracy of every run, then mean, sample standard deviation, least and greatest for each method, and on
 how many seeds Coconut was right more than 0.95 of the time and 0.5 or more above No-CoT. What demo.py itself prints
-goes to a file for each seed beside its runs. Ten seeds take 20 to 45 minutes on two CPU cores with --jobs 2.
+goes to a file for each seed beside its runs. Ten seeds took 40 minutes on two CPU cores, --jobs 2.
 """
 
 import argparse
