@@ -32,7 +32,7 @@ import chains  # noqa: E402
 
 TITLES = {"no_cot": "No-CoT", "cot": "CoT", "coconut": "Coconut", "no_thoughts": "Coconut without thoughts"}
 DURATION = "3 to 7 minutes on two CPU cores"
-QUICK_DURATION = "about a minute on two CPU cores"
+QUICK_DURATION = "one to two minutes on two CPU cores"
 # The quick version: an eighth of the data, so that epochs are short; too few steps to learn from.
 QUICK_DATA = ["--prefix", "chains_quick", "--train", "2500", "--valid", "200"]
 QUICK_KEYS = [
