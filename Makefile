@@ -19,10 +19,10 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 demo: $(RUNTIME)
-	$(BIN)/python demo.py
+	$(BIN)/python -m scripts.demo
 
 demo-quick: $(RUNTIME)
-	$(BIN)/python demo.py --quick
+	$(BIN)/python -m scripts.demo --quick
 
 test: $(DEVELOPMENT) $(if $(ORACLE),$(COMPARISON))
 	$(BIN)/python -m pytest

@@ -1,103 +1,96 @@
-"""Coconut (arXiv 2412.06769): a GPT-2 whose last hidden state is fed back as the next input embedding.
+"""Coconut (arXiv 2412.06769): a language model whose last hidden state is fed back as the next input embedding.
 
-All four methods run through this one forward: chain of thought, no chain of thought and no thoughts are Coconut with
-zero latents. Shapes: B rows, T columns, K latents of the longest row, N labelled tokens, D = n_embd.
+All methods run through this one forward pass: chain of thought, no chain of thought and no thoughts are Coconut with
+zero latents. Shapes: B rows, T columns, K latents of the longest row, N labeled tokens, D = width of the model.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import cpu_blas  # noqa: F401  must come before mlx
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
-from gpt2 import GPT2
-from loss import cross_entropy
-from streams import spread, streams
+from models.gpt2 import GPT2
+from models.ops import cross_entropy
+from parallel.streams import even_slices, map_streams
 
 
 class Batch(NamedTuple):
-    """Token sequences laid out so that every row's first latent stands in one column (official MyCollator).
+    """Token sequences padded so that every row's first latent is in one column (official MyCollator).
 
-    The collator knows where everything is; the model never looks for it. Labels are the `targets` at `predict`;
-    `weights` is 0 on the entries that only round N up. A prompt has its last token in column `last`.
+    The collator computes positions and masks, so the forward pass never indexes on token values. Arrays are numpy's as
+    the collator makes them, or MLX's after `to_mlx`.
     """
 
-    ids: mx.array  # [B, T] int
-    positions: mx.array  # [B, T] int, 0 at a row's first real token
-    real: mx.array  # [B, T] bool, False on padding
-    latents: mx.array  # [B, K] bool, whether the row has a latent in column first_latent + k
+    input_ids: mx.array  # [B, T] int
+    attention_mask: mx.array  # [B, T] bool, False on padding
+    left_padding: mx.array  # [B] int, columns of padding before the row's first token
+    latent_mask: mx.array  # [B, K] bool, whether the row has a latent in column first_latent + k
     first_latent: int  # column of the first latent, T where there is none
-    predict: mx.array  # [N] int, row * T + column of the hidden state that predicts a labelled token
-    targets: mx.array  # [N] int, the labelled tokens
-    weights: mx.array  # [N] float, 1 or 0
-    last: mx.array  # [B] int, column of the row's last real token
-    share: float = 1.0  # of a micro-batch's labelled tokens, the part in this batch
-
-    def shared_out(self, n: int) -> list["Batch"]:
-        """The rows of unlabelled prompts in up to n batches."""
-        size = -(-len(self.last) // n)
-        starts = range(0, len(self.last), size)
-        names = ("ids", "positions", "real", "latents", "last")
-        return [
-            self._replace(**{name: getattr(self, name)[start : start + size] for name in names}) for start in starts
-        ]
+    label_positions: mx.array  # [N] int, row * T + column of the hidden state that predicts a labeled token
+    labels: mx.array  # [N] int, the labeled tokens
+    label_mask: mx.array  # [N] float, 0 on the entries that only round N up, else 1
+    last_column: mx.array  # [B] int, column of the row's last token
 
     def to_mlx(self) -> "Batch":
-        """The batch with MLX arrays (the collator makes numpy ones, which may cross threads)."""
-        return Batch(*(value if isinstance(value, (int, float)) else mx.array(value) for value in self))
+        """The batch with MLX arrays."""
+        return Batch(*(value if isinstance(value, int) else mx.array(value) for value in self))
+
+    def prompts(self, rows: slice) -> "Batch":
+        """Some rows of a batch of prompts, which has no labels."""
+        names = ("input_ids", "attention_mask", "left_padding", "latent_mask", "last_column")
+        return self._replace(**{name: getattr(self, name)[rows] for name in names})
 
 
 class Coconut(nn.Module):
-    """The thought loop around a GPT-2; adds no parameter, so that parameters() are Hugging Face's GPT-2 names."""
+    """The thought loop around a language model. It adds no parameter: parameters() has Hugging Face's GPT-2 names."""
 
     def __init__(self, transformer: GPT2):
         super().__init__()
         self.transformer = transformer
 
     def think(self, batch: Batch):
-        """Fill in the thoughts and run the whole batch: -> (hidden states [B, T, D], cache).
+        """Fill in the thoughts and run the whole batch -> (hidden states [B, T, D], cache).
 
         A thought is the hidden state after the final layer norm at the position before its latent (section 3 of the
-        paper; coconut.py of the official code). One pass runs up to the first latent, one position for each further
-        latent, and one over the rest; rows with fewer latents keep their ordinary tokens.
+        paper; official coconut.py). One pass runs up to the first latent, one column for each further latent, and one
+        over the rest; rows with fewer latents keep their ordinary tokens.
         """
-        embeddings = self.transformer.embed(batch.ids)
-        n_latents, length = batch.latents.shape[1], batch.ids.shape[1]
-        mask = visible(batch.real)
-        hidden, cache, start = [], None, 0
+        embeddings = self.transformer.embed(batch.input_ids)  # [B, T, D]
+        cache = self.transformer.make_cache(batch.attention_mask, batch.left_padding)
+        n_latents, length = batch.latent_mask.shape[1], batch.input_ids.shape[1]
+        hidden, start = [], 0
         for end in [*range(batch.first_latent, batch.first_latent + n_latents), length]:
             inputs = embeddings[:, start:end]
             if hidden:
-                is_latent = batch.latents[:, len(hidden) - 1, None, None]
-                thought = mx.where(is_latent, hidden[-1][:, -1:], inputs[:, :1])
+                is_latent = batch.latent_mask[:, len(hidden) - 1, None, None]  # [B, 1, 1]
+                thought = mx.where(is_latent, hidden[-1][:, -1:], inputs[:, :1])  # [B, 1, D]
                 inputs = mx.concatenate([thought, inputs[:, 1:]], axis=1)
-            out, cache = self.transformer(inputs, batch.positions[:, start:end], mask[:, :, start:end, :end], cache)
-            hidden.append(out)
+            hidden.append(self.transformer(inputs, cache))
             start = end
         return mx.concatenate(hidden, axis=1), cache
 
     def __call__(self, batch: Batch) -> mx.array:
-        """Mean cross-entropy over the batch's labelled tokens (scalar); logits are computed at those alone."""
+        """Mean cross-entropy over the batch's labeled tokens (scalar); logits are computed for those alone."""
         hidden, _ = self.think(batch)
-        logits = self.transformer.logits(hidden.reshape(-1, hidden.shape[-1])[batch.predict])  # [N, vocabulary]
-        return (cross_entropy(logits.astype(mx.float32), batch.targets) * batch.weights).sum() / batch.weights.sum()
+        labeled = hidden.reshape(-1, hidden.shape[-1])[batch.label_positions]  # [B * T, D] -> [N, D]
+        logits = self.transformer.logits(labeled).astype(mx.float32)  # [N, vocabulary]
+        return (cross_entropy(logits, batch.labels) * batch.label_mask).sum() / batch.label_mask.sum()
 
     def generate(self, batch: Batch, max_new_tokens: int, eos_id: int) -> list[list[int]]:
         """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.
 
-        A row ends at `eos_id` (also as the very first token), after max_new_tokens, or where the model has no further
-        position. Each token costs one position through the cache; rows that ended are taken out of the batch. On CPU
-        the rows are shared out over the streams.
+        A row ends at `eos_id` (also as the very first token), after max_new_tokens, or at the model's last position.
+        Each token costs one column through the cache; rows that have ended are removed from the batch. The rows are
+        split over the CPU streams.
         """
-        decoders = spread(lambda part: _Decoder(self, part, eos_id), batch.shared_out(len(streams())))
+        decoders = map_streams(
+            lambda rows: _Decoder(self, batch.prompts(rows), eos_id), even_slices(len(batch.input_ids))
+        )
         live = list(decoders)
         mx.async_eval([decoder.arrays() for decoder in live])
         for n_left in reversed(range(max_new_tokens)):
             tokens = [decoder.token for decoder in live]
-            if n_left:  # one token ahead: computed while the current one is looked at
+            if n_left:  # the device computes the next token while this one is read
                 for decoder in live:
                     decoder.advance()
                 mx.async_eval([decoder.arrays() for decoder in live])
@@ -108,76 +101,54 @@ class Coconut(nn.Module):
                 break
         return [ids for decoder in decoders for ids in decoder.outputs]
 
-    def pick(self, hidden: mx.array) -> mx.array:
+    def argmax(self, hidden: mx.array) -> mx.array:
         """The most likely next token: hidden states [B, D] -> ids [B]."""
         return mx.argmax(self.transformer.logits(hidden), axis=-1)
 
 
-def compute_dtype(bf16: bool) -> mx.Dtype:
-    """bfloat16 where it is wanted and there is a GPU; on CPU such products never reach the BLAS."""
-    return mx.bfloat16 if bf16 and mx.default_device() == mx.Device(mx.gpu) else mx.float32
-
-
-@contextmanager
-def computing_in(model: Coconut, dtype: mx.Dtype) -> Iterator[None]:
-    """Let the model compute in a dtype; its own parameters come back at the end, and gradients reach them."""
-    parameters = model.parameters()
-    model.update(tree_map(lambda array: array.astype(dtype), parameters))
-    try:
-        yield
-    finally:
-        model.update(parameters)
-
-
 class _Decoder:
-    """The rows decoded on one stream: their outputs, and the cache, last token and position of the live ones."""
+    """The rows decoded on one stream: their outputs, and the cache and last token of the rows that go on."""
 
     def __init__(self, model: Coconut, batch: Batch, eos_id: int):
-        self.model, self.real, self.eos_id = model, batch.real, eos_id
+        self.model, self.eos_id = model, eos_id
         self.stream = mx.default_stream(mx.default_device())
         hidden, self.cache = model.think(batch)
-        self.rows = list(range(batch.ids.shape[0]))  # of the batch that are still in the arrays
-        places = mx.arange(len(self.rows))
-        self.token = model.pick(hidden[places, batch.last])
-        self.positions = batch.positions[places, batch.last]
-        self.free = (model.transformer.config.n_positions - 1 - self.positions).tolist()  # positions left, by row
+        self.columns = self.cache[0].columns
+        self.rows = list(range(len(batch.input_ids)))  # rows of the batch that are still in the arrays
+        self.token = model.argmax(hidden[mx.arange(len(self.rows)), batch.last_column])
+        next_position = batch.last_column - batch.left_padding + 1
+        self.columns.end_prompt(next_position)
+        self.n_free = (model.transformer.config.n_positions - next_position).tolist()  # positions left, by row
         self.outputs: list[list[int]] = [[] for _ in self.rows]
         self.finished = [False] * len(self.rows)
 
     def arrays(self) -> list:
         """What the next token is computed from."""
-        return [self.token, self.cache, self.real, self.positions]
+        return [self.token, [layer.state for layer in self.cache], self.columns.attention_mask, self.columns.padding]
 
     def advance(self) -> None:
         """Feed the current tokens; the next ones are computed when `arrays` are evaluated."""
-        transformer = self.model.transformer
         with mx.stream(self.stream):
-            self.positions = mx.minimum(self.positions + 1, transformer.config.n_positions - 1)  # ended rows run idly
-            self.real = mx.concatenate([self.real, mx.ones((len(self.rows), 1), dtype=mx.bool_)], axis=1)
-            embeddings = transformer.embed(self.token[:, None])
-            hidden, self.cache = transformer(embeddings, self.positions[:, None], self.real[:, None, None], self.cache)
-            self.token = self.model.pick(hidden[:, 0])
+            self.columns.append_token()
+            hidden = self.model.transformer(self.model.transformer.embed(self.token[:, None]), self.cache)  # [B, 1, D]
+            self.token = self.model.argmax(hidden[:, 0])
 
     def read(self, tokens: list[int]) -> None:
-        """Take one token for each row in the arrays, and drop rows that ended once they are half of them."""
+        """Take one token for each row in the arrays; drop the rows that have ended once they are half of them."""
         for row, token in zip(self.rows, tokens, strict=True):
             if not self.finished[row]:
                 if token != self.eos_id:
                     self.outputs[row].append(token)
-                self.finished[row] = token == self.eos_id or len(self.outputs[row]) > self.free[row]
-        alive = [i for i, row in enumerate(self.rows) if not self.finished[row]]
-        if len(alive) <= len(self.rows) // 2:
-            self._keep(alive)
+                self.finished[row] = token == self.eos_id or len(self.outputs[row]) > self.n_free[row]
+        going_on = [i for i, row in enumerate(self.rows) if not self.finished[row]]
+        if len(going_on) <= len(self.rows) // 2:
+            self._keep(going_on)
 
-    def _keep(self, alive: list[int]) -> None:
-        self.rows = [self.rows[i] for i in alive]
+    def _keep(self, indices: list[int]) -> None:
+        self.rows = [self.rows[i] for i in indices]
         with mx.stream(self.stream):
-            index = mx.array(alive, dtype=mx.int32)
-            self.token, self.positions, self.real = self.token[index], self.positions[index], self.real[index]
-            self.cache = [(keys[index], values[index]) for keys, values in self.cache]
-
-
-def visible(real: mx.array) -> mx.array:
-    """The attention mask: causal, and never onto padding. real [B, T] -> bool [B, 1, T, T]."""
-    columns = mx.arange(real.shape[1])
-    return (columns[:, None] >= columns[None])[None, None] & real[:, None, None]
+            index = mx.array(indices, dtype=mx.int32)
+            self.token = self.token[index]
+            self.columns.select(index)
+            for layer in self.cache:
+                layer.select(index)

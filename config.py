@@ -12,27 +12,37 @@ from pathlib import Path
 
 import yaml
 
+from methods import METHODS, Method
 from utils import UserError
 
-METHODS = ("coconut", "cot", "no_cot", "no_thoughts")
 REQUIRED = "(required)"
 
 
 def key(
-    meaning: str, default=REQUIRED, at_least: float | None = None, at_most: float | None = None, word: str | None = None
+    meaning: str,
+    default=REQUIRED,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    words: tuple[str, ...] = (),
 ):
-    """Declare one configuration key; `word` is a text it may hold beside values of its type."""
-    return field(default=default, metadata={"meaning": meaning, "at_least": at_least, "at_most": at_most, "word": word})
+    """Declare a configuration key. `words` are texts it may hold, beside values of its type or (type str) alone."""
+    limits = {"at_least": at_least, "at_most": at_most, "words": words}
+    return field(default=default, metadata={"meaning": meaning, **limits})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All keys of a run. Never changed after it is read; derived facts are properties."""
+    """All keys of a run. It is never changed after it was read; derived facts are properties."""
 
     # General
     save_path: str = key("directory that holds all runs")
     name: str = key("this run's directory inside save_path, and its name in wandb")
     project: str = key("project name in wandb", "coconut")
+    wandb: str = key(
+        "send metrics to wandb: `auto` does where it is installed and logged in; WANDB_MODE, where set, decides",
+        "auto",
+        words=("auto", "online", "offline", "off"),
+    )
     only_eval: bool = key("load a model and evaluate it once on val_path; no training", False)
     debug: bool = key("first 5,000 training and 32 validation items, no wandb, no checkpoints", False)
     seed: int = key("seed of shuffling, dropout and fresh weights", 0, at_least=0, at_most=2**32 - 1)
@@ -67,29 +77,29 @@ class Config:
     val_path: str = key("validation or test set, same format")
     drop_too_long: bool = key("leave out items longer than the model's positions, instead of stopping there", False)
     token_cache: str | None = key(
-        "folder that keeps tokenised training sets; default coconut-mlx/tokens in $XDG_CACHE_HOME or ~/.cache", None
+        "folder that keeps tokenized training sets; default coconut-mlx/tokens in $XDG_CACHE_HOME or ~/.cache", None
     )
 
     # Training
     num_epochs: int = key("epochs in all, the skipped ones of `resume` included", 1, at_least=1)
     resume: int = key("epochs to skip at the start; with only_eval, the epoch whose stage is evaluated", 0, at_least=0)
     batch_size_training: int = key("items per micro-batch, in each process", 32, at_least=1)
-    gradient_accumulation_steps: int = key("micro-batches per optimiser step", 1, at_least=1)
+    gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, at_least=1)
     lr: float = key("learning rate of AdamW", 1e-4, at_least=0)
     weight_decay: float = key("weight decay of AdamW, on every parameter", 0.01, at_least=0)
-    warmup_steps: int = key("optimiser steps over which the learning rate rises to lr (officially none)", 0, at_least=0)
+    warmup_steps: int = key("optimizer steps over which the learning rate rises to lr (officially none)", 0, at_least=0)
     max_grad_norm: float | None = key("clip the gradient to this norm (officially not clipped)", None, at_least=0)
     grad_checkpoint: bool = key("compute activations again in the backward pass: less memory, more time", False)
     reset_optimizer: bool | str = key(
-        "new optimiser every epoch (True, as the official code does), never (False), or at each `stage`",
+        "new optimizer every epoch (True, as the official code does), never (False), or at each `stage`",
         False,
-        word="stage",
+        words=("stage",),
     )
     save_interval_minutes: float = key(
         "minutes between the saves inside an epoch from which a stopped run goes on", 10, 0
     )
     keep_checkpoints: int | str = key(
-        "newest checkpoints to keep, or `all`; the best one is always kept", "all", at_least=1, word="all"
+        "newest checkpoints to keep, or `all`; the best one is always kept", "all", at_least=1, words=("all",)
     )
     save_only_improve: bool = key("keep a checkpoint only when validation accuracy improves", False)
 
@@ -100,38 +110,19 @@ class Config:
     )
 
     @property
-    def method(self) -> str:
+    def method(self) -> Method:
         """The one method that is switched on."""
-        return next(name for name in METHODS if getattr(self, name))
-
-    @property
-    def thoughts_per_step(self) -> int:
-        """c_thought where the method thinks in latents, else 0 (official run.py sets it so for no_thoughts)."""
-        return self.c_thought if self.coconut else 0
+        return next(method for name, method in METHODS.items() if getattr(self, name))
 
     @property
     def run_dir(self) -> Path:
-        """Where this run writes."""
+        """The folder that this run writes into."""
         return Path(self.save_path) / self.name
 
     @property
     def answer_limit(self) -> int:
         """max_new_tokens; the default depends on the validation path's name (official run.py)."""
         return self.max_new_tokens or (64 if "gsm" in self.val_path else 128)
-
-    def stage(self, epoch: int) -> int:
-        """The curriculum stage of an epoch counted from 0 (official run.py: 0 for cot and no_cot)."""
-        return 0 if self.cot or self.no_cot else epoch // self.epochs_per_stage
-
-    def resets_optimizer_at(self, epoch: int) -> bool:
-        """Whether a new optimiser is made before this epoch.
-
-        The official README says "when switching training stages", its code (run.py) does it every epoch; True does
-        what the code does, `stage` what the README says.
-        """
-        if self.reset_optimizer == "stage":
-            return epoch > 0 and self.stage(epoch) != self.stage(epoch - 1)
-        return self.reset_optimizer is True
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key included, in a form that loads again."""
@@ -182,7 +173,7 @@ def usage() -> str:
     ]
     for name, f in FIELDS.items():
         default = "required" if f.default is REQUIRED else f"default {f.default}"
-        lines += [f"  {name}  ({_type_name(name)}, {default})", f"      {f.metadata['meaning']}"]
+        lines += [f"  {name}  ({type_name(name)}, {default})", f"      {f.metadata['meaning']}"]
     return "\n".join(lines)
 
 
@@ -222,18 +213,21 @@ def _convert(name: str, value, problems: list[str]):
     allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
     if value is None:
         if type(None) not in allowed:
-            problems.append(f"{name}: expected {_type_name(name)}, found nothing (None)")
+            problems.append(f"{name}: expected {type_name(name)}, found nothing (None)")
         return None
-    if FIELDS[name].metadata["word"]:
-        if value == FIELDS[name].metadata["word"]:
-            return value
-        allowed = allowed[:1]
+    words = FIELDS[name].metadata["words"]
+    if value is False and "off" in words:
+        return "off"  # YAML 1.1 reads the word off as False
+    if value in words:
+        return value
+    if words:
+        allowed = [wanted for wanted in allowed if wanted is not str]
     for wanted in allowed:
         converted = _as_type(value, wanted)
         if converted is not None:
             _check_range(name, converted, problems)
             return converted
-    problems.append(f"{name}: expected {_type_name(name)}, found {_describe(value)}")
+    problems.append(f"{name}: expected {type_name(name)}, found {_describe(value)}")
     return None
 
 
@@ -297,12 +291,11 @@ def _suggest(name: str) -> str:
     return f"; did you mean {close[0]}?" if close else "; `python run.py --help` lists the keys"
 
 
-def _type_name(name: str) -> str:
-    words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+def type_name(name: str) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
     allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
-    if word := FIELDS[name].metadata["word"]:
-        return f"{words[allowed[0]]} or `{word}`"
-    return " or ".join(words[t] for t in allowed)
+    words = FIELDS[name].metadata["words"]
+    return " or ".join([names[t] for t in allowed if not (words and t is str)] + [f"`{word}`" for word in words])
 
 
 def _describe(value) -> str:

@@ -1,28 +1,28 @@
-"""Small helpers that know nothing of the project: user errors, console output, safe files, the metric log."""
+"""Small helpers for every room: errors, console output, safe stops, files that are never half-written."""
 
 import json
 import os
 import signal
 import sys
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-import stopping
+from startup import signals
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text is the whole message, and run.py exits with status 2."""
+    """A mistake that the user can correct. Commands print the text, without a traceback, and exit with status 2."""
 
 
 class RunError(Exception):
-    """Something went wrong in a run that was well configured; run.py prints the text and exits with status 1."""
+    """A failure in a correctly configured run. Commands print the text, without a traceback, and exit with status 1."""
 
 
 class Stopped(Exception):
-    """The user or the system asked the run to stop; `signal` is the number of the signal that did."""
+    """The user or the system asked the run to stop. `signal` is the number of the signal."""
 
     def __init__(self, signal: int):
         super().__init__(f"stopped by signal {signal}")
@@ -30,27 +30,27 @@ class Stopped(Exception):
 
 
 def silence() -> None:
-    """From now on `say`, `warn` and Progress print nothing, nor does a signal: of several processes, one talks."""
-    stopping.silent = True
+    """Turn off `say`, `warn`, Progress and the signal handler's messages: of several processes only one prints."""
+    signals.silent = True
 
 
 def say(text: str = "") -> None:
-    """Print a line for the user without tearing a progress bar that is on screen."""
-    if not stopping.silent:
+    """Print a line to stdout; a progress bar on the screen stays intact."""
+    if not signals.silent:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    if not stopping.silent:
+    """Print a warning to stderr; a progress bar on the screen stays intact."""
+    if not signals.silent:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class StopSignals:
-    """While active, Ctrl-C and SIGTERM are noted, and `check` raises Stopped at the next safe point.
+    """A context in which Ctrl-C and SIGTERM only set a flag; `check` then raises Stopped at the next safe point.
 
-    A second signal does what it did before: under run.py it ends the process (stopping.py).
+    A second signal gets the handler from before the context: in run.py it ends the process (startup/signals.py).
     """
 
     def __init__(self):
@@ -67,12 +67,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come."""
+        """Raise Stopped if a signal has arrived."""
         if self.requested:
             raise Stopped(self.requested)
 
     def checked(self, items):
-        """Iterate over items, checking before each."""
+        """Yield the items, and call `check` before each."""
         for item in items:
             self.check()
             yield item
@@ -82,18 +82,18 @@ class StopSignals:
             self.__exit__()
             signal.raise_signal(number)
         self.requested = number
-        stopping.announce("stopping after this step; once more stops at once")
+        signals.announce("stopping after this step; Ctrl-C again stops immediately")
 
 
 def can_redraw() -> bool:
-    """Whether stderr shows a progress bar as one: a terminal that can move its cursor."""
+    """Whether stderr can show a progress bar: a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Progress(tqdm):
-    """A tqdm bar on a terminal; elsewhere the same facts as one plain line every 30 seconds and one at the end.
+    """A tqdm bar on a terminal; elsewhere the same numbers as one plain line every 30 seconds and one at the end.
 
-    The bar has no colours, so that there is nothing to leave out for NO_COLOR.
+    The bar has no colors, so it complies with NO_COLOR.
     """
 
     PLAIN = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -102,9 +102,9 @@ class Progress(tqdm):
         self.plain = not can_redraw()
         if self.plain:
             kwargs.update(mininterval=30, bar_format=self.PLAIN)
-        super().__init__(*args, dynamic_ncols=not self.plain, disable=stopping.silent, **kwargs)
+        super().__init__(*args, dynamic_ncols=not self.plain, disable=signals.silent, **kwargs)
         if self.plain and not self.disable:
-            self._decr_instances(self)  # so that say and warn do not clear it with cursor movements and draw it again
+            self._decr_instances(self)  # otherwise say and warn would move the cursor to clear and redraw it
 
     def display(self, msg=None, pos=None):
         if not self.plain:
@@ -123,12 +123,12 @@ class Progress(tqdm):
 
 @contextmanager
 def replacing(path: Path):
-    """Yield a temporary path beside `path`; on success it is synced to disk and renamed onto `path`, else removed.
+    """Yield a temporary path in the same folder. On success sync it to disk and rename it to `path`, else remove it.
 
-    A reader of `path` therefore sees the old file or the whole new one, also after a power cut.
+    Readers of `path` see either the old file or the complete new one, even after a power failure.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    stopping.unfinished.add(str(temporary))
+    signals.unfinished.add(str(temporary))
     try:
         yield temporary
         sync(temporary)
@@ -136,22 +136,34 @@ def replacing(path: Path):
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-        stopping.unfinished.discard(str(temporary))
+        signals.unfinished.discard(str(temporary))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8), atomically."""
+    """Replace the contents of `path` by `text` (UTF-8) atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json_lines(path: Path, records) -> None:
-    """Replace the file `path` by one JSON object a line, atomically."""
+    """Replace the contents of `path` by one JSON object per line atomically."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def read_records(path: Path) -> list[dict]:
+    """Read one JSON object per line, as in metrics.jsonl. Raises OSError if the file cannot be read.
+
+    Lines that are not JSON objects are skipped: a power failure can truncate one, and other programs may add some.
+    """
+    records = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def sync(path: Path) -> None:
-    """Force a file's or directory's contents to disk."""
+    """Force the contents of a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -160,7 +172,7 @@ def sync(path: Path) -> None:
 
 
 def crc32(path: Path) -> int:
-    """Checksum of a whole file, to notice damage (not tampering)."""
+    """Compute the checksum of a whole file. It detects damage, not tampering."""
     value = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -169,7 +181,7 @@ def crc32(path: Path) -> int:
 
 
 def human_size(n_bytes: float) -> str:
-    """A size in memory or on disk for people, e.g. `1.5 GB` (powers of ten)."""
+    """Format a number of bytes for people, e.g. `1.5 GB` (powers of ten)."""
     for unit in ("bytes", "kB", "MB"):
         if abs(n_bytes) < 1000:
             return f"{n_bytes:.3g} {unit}"

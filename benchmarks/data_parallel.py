@@ -1,16 +1,15 @@
-"""How long a training step takes in one process and in two of one thread each, at the same global batch.
+"""Compare a training step in one process and in two processes of one thread each, at the same global batch.
 
     python benchmarks/data_parallel.py                # GPT-2 124M, GSM's lengths, 8 examples a step
     python benchmarks/data_parallel.py --batch 32
 
-Random weights and tokens, dropout on, forward, backward, the sum over processes and AdamW, as run.py does them. One
-JSON line on stdout, with medians over the runs; progress on stderr. sum_share: of a step, the part spent in summing
-gradients; wait_share: in waiting for the slower process. The third case is what one process does with two cores by
-itself (streams.py).
+A step is forward, backward, the sum over processes and AdamW with dropout, as in run.py, on random weights and tokens.
+Prints one JSON line to stdout, with medians over the runs, and progress to stderr. sum_share is the part of a step that
+sums gradients; wait_share the part that waits for the slower process. The third case is one process with two CPU
+streams (parallel/streams.py).
 """
 
 import argparse
-import itertools
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import workload
 
@@ -26,83 +26,75 @@ CASES = {"one_process": (1, 1), "two_processes": (2, 1), "one_process_two_stream
 
 
 def serve(options: argparse.Namespace) -> None:
-    """One process of a case; process 0 prints the medians."""
-    import cpu_blas
+    """Work as one process of a case; process 0 prints the medians."""
+    import ours
+
     import mlx.core as mx
 
-    from coconut import Coconut
     from config import Config
-    from dataset import Sequence, own_parts
-    from gpt2 import GPT2, GPT2Config
-    from processes import join
-    from streams import streams
-    from train import new_optimizer, training_steps
+    from dataset import TrainingSequence, micro_batch
+    from parallel.distributed import join
+    from training.step import TrainStep, new_optimizer
 
-    processes = join()
-    processes.start()
-    mx.random.seed(0)
-    shape = GPT2Config(
-        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
-    )
-    model = Coconut(GPT2(shape))
+    group = join(os.environ)
+    ours.start_streams(options.worker)
+    model = ours.new_model(options)
     config = Config(save_path="", name="", val_path="", coconut=True)
     optimizer = new_optimizer(model, config)
-    rows = [Sequence(*row) for row in workload.rows(options)]
-    batches = itertools.repeat(own_parts(rows, processes, len(streams()), pad_id=0))
-    times = {"sum": [], "gather": []}
-    for name, kept in times.items():
-        setattr(processes, name, timed(getattr(processes, name), kept))
-    steps = training_steps(model, optimizer, batches, config, 0, 10**6, 0, processes)
+    sequences = [TrainingSequence(*row) for row in workload.rows(options)]
+    batch = micro_batch(sequences, group, pad_id=0)
+    times = {"all_sum": [], "all_gather": []}
+    for name, seconds in times.items():
+        setattr(group, name, timed(getattr(group, name), seconds))
+    step = TrainStep(model, optimizer, config, group)
     mx.eval(model.parameters(), optimizer.state)
     seconds = []
-    for _ in range(1 + options.runs):
+    for number in range(1 + options.runs):
         started = time.perf_counter()
-        loss = next(steps).loss
+        loss = step([batch], 0, number, config.lr).loss
         seconds.append(time.perf_counter() - started)
-    figures = {"seconds": seconds, "sum_seconds": times["sum"], "wait_seconds": times["gather"]}
-    result = {name: round(statistics.median(values[1:]), 4) for name, values in figures.items()}
-    result |= {"loss": loss, "blas": cpu_blas.describe(), "peak_rss_gb": round(workload.peak_rss(), 3)}
-    if processes.is_main:
-        print(json.dumps(result), flush=True)
-    processes.leave(0, "")
+    results = {"seconds": seconds, "sum_seconds": times["all_sum"], "wait_seconds": times["all_gather"]}
+    medians = {name: round(statistics.median(values[1:]), 4) for name, values in results.items()}
+    if group.is_main:
+        print(json.dumps(medians | {"loss": loss, "peak_rss_gb": round(workload.peak_rss(), 3)} | ours.facts()))
+    group.barrier()
 
 
-def timed(function, kept: list[float]):
-    """The function, whose times are kept."""
+def timed(function: Callable, seconds: list[float]) -> Callable:
+    """Wrap the function so that it appends the duration of each call to `seconds`."""
 
     def call(*arguments):
         started = time.perf_counter()
         result = function(*arguments)
-        kept.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
         return result
 
     return call
 
 
 def measure(name: str, n_processes: int, n_streams: int, arguments: list[str]) -> dict:
-    """Run one case: the figures of its process 0."""
-    threads = {"OPENBLAS_NUM_THREADS": "1", "COCONUT_STREAMS": str(n_streams)}
+    """Run one case; returns the results of its process 0."""
+    command = [sys.executable, __file__, *arguments, "--worker", str(n_streams)]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as hostfile:
         json.dump([[f"127.0.0.1:{port}"] for port in free_ports(n_processes)], hostfile)
         hostfile.flush()
-        command = [sys.executable, __file__, *arguments, "--worker"]
-        group = []
+        processes = []
         for rank in range(n_processes):
-            environment = os.environ | threads | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name}
+            variables = {"OPENBLAS_NUM_THREADS": "1", "MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name}
             out = sys.stderr if rank else subprocess.PIPE
-            group.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
-        answer = group[0].communicate()[0]
-        if any(process.wait() for process in group):
+            processes.append(subprocess.Popen(command, env=os.environ | variables, stdout=out, text=True))
+        answer = processes[0].communicate()[0]
+        if any(process.wait() for process in processes):
             raise SystemExit(f"error: {name} failed")
-    figures = json.loads(answer.splitlines()[-1])
+    results = json.loads(answer.splitlines()[-1])
     for part in ("sum", "wait"):
-        figures[f"{part}_share"] = round(figures[f"{part}_seconds"] / figures["seconds"], 4)
-    workload.say(f"{name}: {figures['seconds']} s a step, load {os.getloadavg()[0]:.1f}")
-    return figures
+        results[f"{part}_share"] = round(results[f"{part}_seconds"] / results["seconds"], 4)
+    workload.say(f"{name}: {results['seconds']} s a step, load {os.getloadavg()[0]:.1f}")
+    return results
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens at."""
+    """Find n free ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -111,15 +103,8 @@ def free_ports(n: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=workload.PRESETS, default="gsm", help="lengths (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="examples of a step, in all (default: 8)")
-    parser.add_argument("--latents", type=int, help="thoughts; the question is lengthened to keep the tokens")
-    parser.add_argument("--length", type=int, help="tokens of the question (default: the preset's)")
-    parser.add_argument("--runs", type=int, default=5, help="measured steps of each case, after a first (default: 5)")
-    for name, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocabulary", 50_260)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="of the model (default: GPT-2 124M's)")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser = workload.base_parser(__doc__, "gsm", batch=8)
+    parser.add_argument("--worker", metavar="N_STREAMS", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         serve(options)
@@ -127,8 +112,7 @@ def main() -> None:
     cases = {name: measure(name, *case, sys.argv[1:]) for name, case in CASES.items()}
     one, two = cases["one_process"]["seconds"], cases["two_processes"]["seconds"]
     result = {"benchmark": "data_parallel", "preset": options.preset, "batch": options.batch}
-    options.threads = 1
-    print(json.dumps(result | {"speedup": round(one / two, 3)} | cases | workload.machine(options)))
+    print(json.dumps(result | {"speedup": round(one / two, 3)} | cases | workload.machine(threads=1)))
 
 
 if __name__ == "__main__":

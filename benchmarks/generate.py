@@ -1,36 +1,32 @@
-"""How long greedy decoding takes, beside what PyTorch takes.
+"""Measure how long greedy decoding takes, and compare with PyTorch.
 
     python benchmarks/generate.py                       # 64 prompts of ProsQA's lengths, 32 new tokens each
     python benchmarks/generate.py --peer --runs 3
     python benchmarks/generate.py --sweep examples      # values: examples=8,64; also batch, latents, length
 
-GPT-2 124M of random weights; no end token, so that every example takes all its new tokens. The peer decodes as the
-official code does, and does only --peer-examples of them; the ratio is per example. One JSON line on stdout.
+The model is GPT-2 124M with random weights. There is no end token, so every example gets all its new tokens. The peer
+decodes as the official code does, only --peer-examples of the prompts; the ratio is per example. Prints one JSON line.
 """
 
 import argparse
 
 import workload
 
-NO_END = -1  # an id that no token has
+NO_END = -1  # an id of no token
 
 
 def serve_ours(options: argparse.Namespace) -> None:
-    """A worker that decodes with this project's code."""
-    import cpu_blas
+    """Work as a worker that decodes with this project's code."""
+    import ours
+
     import mlx.core as mx
 
-    from coconut import Coconut
-    from dataset import Sequence, collate
-    from gpt2 import GPT2, GPT2Config
+    from dataset import TrainingSequence, collate
 
-    mx.random.seed(0)
-    shape = GPT2Config(
-        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
-    )
-    model = Coconut(GPT2(shape)).eval()
+    ours.start_streams(options.threads)
+    model = ours.new_model(options).eval()
     mx.eval(model.parameters())
-    sequences = [Sequence(*row) for row in prompts(options, options.examples)]
+    sequences = [TrainingSequence(*row) for row in prompts(options, options.examples)]
 
     def run() -> dict:
         for start in range(0, len(sequences), options.batch):
@@ -40,11 +36,11 @@ def serve_ours(options: argparse.Namespace) -> None:
             mx.clear_cache()
         return {}
 
-    workload.serve(run, lambda: {"blas": cpu_blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)})
+    workload.serve(run, ours.facts)
 
 
 def serve_peer(options: argparse.Namespace) -> None:
-    """A worker that decodes with PyTorch."""
+    """Work as a worker that decodes with PyTorch."""
     import peer
     import torch
 
@@ -61,12 +57,12 @@ def serve_peer(options: argparse.Namespace) -> None:
 
 
 def prompts(options: argparse.Namespace, n_examples: int) -> list[workload.Row]:
-    """Questions with their latents."""
-    return workload.rows(argparse.Namespace(**vars(options) | {"batch": n_examples}), labelled=False)
+    """Make questions with their latents."""
+    return workload.rows(argparse.Namespace(**vars(options) | {"batch": n_examples}), labeled=False)
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
-    """One configuration, all sides: the fields of the JSON line."""
+    """Measure one configuration on all sides; returns the fields of the JSON line."""
     ours, *others = workload.compare(options, __file__, arguments)
     rows = prompts(options, options.examples)
     result = {
@@ -89,7 +85,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
         scale = options.examples / n_examples
         result |= {key: round(value * scale, 3) if "ratio" in key else value for key, value in found.items()}
         result[f"{other.name}_seconds_per_example"] = round(other.median() / n_examples, 5)
-    return result | workload.machine(options)
+    return result | workload.machine(options.threads)
 
 
 def main() -> None:
@@ -97,7 +93,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64, help="prompts (default: 64)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded for each (default: 32)")
     parser.add_argument("--peer-examples", type=int, default=2, help="prompts that the peer decodes (default: 2)")
-    parser.add_argument("--sweep", help="examples, batch, latents or length, with =VALUES where others are wanted")
+    parser.add_argument("--sweep", help="examples, batch, latents or length, with =VALUES for values of your own")
     defaults = {"examples": [8, 16, 32, 64], "batch": [1, 4, 16, 32, 64], "latents": [0, 2, 6], "length": [57, 360]}
     workload.command("generate", parser, {"ours": serve_ours, "peer": serve_peer}, measure, defaults)
 

@@ -1,9 +1,9 @@
-"""The official algorithm of Coconut in plain PyTorch and transformers, as something to be measured beside.
+"""The official algorithm of Coconut in plain PyTorch and transformers, for comparison.
 
-Training (coconut.py of facebookresearch/coconut): one pass up to the first latent, then one for each further latent,
-through the KV cache; the hidden state after the final layer norm takes the place of the next latent's embedding;
-logits at every position; cross-entropy with -100 left out. Decoding: one example at a time, no cache, everything
-computed again for every token. Imports no mlx.
+Training (coconut.py of facebookresearch/coconut): one pass up to the first latent, then one pass for each further
+latent, through the KV cache. The hidden state after the final layer norm replaces the embedding of the next latent.
+Logits are computed at every position, and the cross-entropy ignores labels of -100. Decoding: one example at a time,
+without a cache, so every token repeats the whole computation. Does not import mlx.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 
 class PeerBatch(NamedTuple):
-    """Rows padded on the left until their first latents stand in one column, then on the right."""
+    """Rows padded on the left so that their first latents are in the same column, then on the right."""
 
     ids: torch.Tensor  # [B, T]
-    labels: torch.Tensor  # [B, T], -100 where there is none
+    labels: torch.Tensor  # [B, T], -100 without a label
     mask: torch.Tensor  # [B, T] 1 or 0
     positions: torch.Tensor  # [B, T]
     first_latent: int
@@ -25,7 +25,7 @@ class PeerBatch(NamedTuple):
 
 
 def new_model(vocabulary: int, layers: int, width: int, heads: int, dropout: float = 0.1) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights."""
+    """Make a GPT-2 with random weights."""
     torch.manual_seed(0)
     rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
     shape = GPT2Config(vocab_size=vocabulary, n_layer=layers, n_embd=width, n_head=heads, **rates)
@@ -33,16 +33,16 @@ def new_model(vocabulary: int, layers: int, width: int, heads: int, dropout: flo
 
 
 def collate(rows, pad_id: int) -> PeerBatch:
-    """The official MyCollator; rows: (ids, latent_start, n_latents, n_unlabelled)."""
+    """Pad as the official MyCollator; rows: (ids, latent_start, n_latents, n_unlabeled)."""
     first = max((row.latent_start for row in rows if row.n_latents), default=0)
     shifts = [first - row.latent_start if row.n_latents else 0 for row in rows]
     length = max(shift + len(row.ids) for shift, row in zip(shifts, rows, strict=True))
     ids, labels = np.full((len(rows), length), pad_id), np.full((len(rows), length), -100)
     mask, positions = np.zeros((len(rows), length), dtype=int), np.zeros((len(rows), length), dtype=int)
     for i, (shift, row) in enumerate(zip(shifts, rows, strict=True)):
-        place = slice(shift, shift + len(row.ids))
-        ids[i, place], mask[i, place], positions[i, place] = row.ids, 1, np.arange(len(row.ids))
-        labels[i, shift + row.n_unlabelled : place.stop] = row.ids[row.n_unlabelled :]
+        columns = slice(shift, shift + len(row.ids))
+        ids[i, columns], mask[i, columns], positions[i, columns] = row.ids, 1, np.arange(len(row.ids))
+        labels[i, shift + row.n_unlabeled : columns.stop] = row.ids[row.n_unlabeled :]
     n_latents = np.array([row.n_latents for row in rows])
     is_latent = np.arange(n_latents.max()) < n_latents[:, None]
     tensors = (torch.tensor(array) for array in (ids, labels, mask, positions))
@@ -50,7 +50,7 @@ def collate(rows, pad_id: int) -> PeerBatch:
 
 
 def think(model: GPT2LMHeadModel, batch: PeerBatch):
-    """All passes: -> (logits [B, T, V], embeddings with the thoughts in place [B, T, D])."""
+    """Run all passes; returns (logits [B, T, V], embeddings with the thoughts filled in [B, T, D])."""
     embeddings, cache = model.transformer.wte(batch.ids), DynamicCache()
     n_latents, length = batch.is_latent.shape[1], batch.ids.shape[1]
     logits, start = [], 0
@@ -73,13 +73,13 @@ def think(model: GPT2LMHeadModel, batch: PeerBatch):
 
 
 def loss(model: GPT2LMHeadModel, batch: PeerBatch) -> torch.Tensor:
-    """Mean cross-entropy of the labelled tokens."""
+    """Mean cross-entropy of the labeled tokens."""
     logits = think(model, batch)[0][:, :-1].flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
 
 
 def train_step(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, batch: PeerBatch) -> float:
-    """Forward, backward and update."""
+    """Run forward, backward and update; returns the loss."""
     model.train()
     value = loss(model, batch)
     value.backward()
@@ -90,7 +90,7 @@ def train_step(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, batch: 
 
 @torch.no_grad()
 def generate(model: GPT2LMHeadModel, row, max_new_tokens: int, eos_id: int) -> list[int]:
-    """Greedy continuation of one prompt, without the end token."""
+    """Decode one prompt greedily; returns the new ids without the end token."""
     model.eval()
     logits, embeddings = think(model, collate([row], pad_id=0))
     ids: list[int] = []

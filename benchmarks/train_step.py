@@ -1,12 +1,12 @@
-"""How long a training step takes, beside what PyTorch takes and what the processor could do.
+"""Measure how long a training step takes, and compare with PyTorch and with the processor's limit.
 
     python benchmarks/train_step.py                             # GPT-2 124M, ProsQA's lengths, 1 thread
     python benchmarks/train_step.py --preset gsm --batch 16 --peer
     python benchmarks/train_step.py --sweep latents             # also: batch, length; values: latents=0,6
 
-Random weights and tokens, dropout on, forward, backward and AdamW, as run.py does them. One JSON line on stdout, with
-medians over the runs; progress on stderr. sgemm_share: the products that a step cannot do without, at the speed of a
-large matrix product just before the step (on each of the cores), as a share of the step.
+A step is forward, backward and AdamW with dropout, as in run.py, on random weights and tokens. Prints one JSON line to
+stdout, with medians over the runs, and progress to stderr. sgemm_share is the part of the step that its required
+products would take at the speed of a large matrix product, measured just before the step, on each of the cores.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import workload
 
 
 def sgemm_rate(mx, width: int) -> float:
-    """Operations per second of a float32 product, the best of 5."""
+    """Measure the operations per second of a float32 product, the best of 5."""
     a, b = mx.ones((2048, width)), mx.ones((width, 4 * width))
     mx.eval(a, b)
     return max(2 * 2048 * width * 4 * width / _seconds(lambda: mx.eval(a @ b)) for _ in range(5))
@@ -30,46 +30,40 @@ def _seconds(run) -> float:
 
 
 def serve_ours(options: argparse.Namespace) -> None:
-    """A worker that trains with this project's code."""
-    import cpu_blas
+    """Work as a worker that trains with this project's code."""
+    import ours
+
     import mlx.core as mx
 
-    from coconut import Coconut
     from config import Config
-    from dataset import Sequence, in_parts
-    from gpt2 import GPT2, GPT2Config
-    from streams import streams, use_one
-    from train import new_optimizer, training_steps
+    from dataset import TrainingSequence, micro_batch
+    from parallel.distributed import ALONE
+    from training.step import TrainStep, new_optimizer
 
-    if options.grad_checkpoint:
-        use_one()
-    mx.random.seed(0)
-    shape = GPT2Config(
-        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
-    )
-    model = Coconut(GPT2(shape))
+    ours.start_streams(1 if options.grad_checkpoint else options.threads)
+    model = ours.new_model(options)
     model.transformer.grad_checkpoint = options.grad_checkpoint
     config = Config(save_path="", name="", val_path="", coconut=True)
     optimizer = new_optimizer(model, config)
     rows = workload.rows(options)
     flops = workload.required_flops(options, rows)
-    batches = itertools.repeat(in_parts([Sequence(*row) for row in rows], len(streams()), pad_id=0))
-    steps = training_steps(model, optimizer, batches, config, epoch=0, n_steps=10**6, first=0)
+    batch = micro_batch([TrainingSequence(*row) for row in rows], ALONE, pad_id=0)
+    step, numbers = TrainStep(model, optimizer, config), itertools.count()
     mx.eval(model.parameters(), optimizer.state)
 
     def run() -> dict:
         rate = sgemm_rate(mx, options.width)
         cpu, started = time.process_time(), time.perf_counter()
-        loss = next(steps).loss
+        loss = step([batch], 0, next(numbers), config.lr).loss
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         share = flops / rate / seconds / options.threads
         return {"seconds": seconds, "cpu_seconds": cpu, "sgemm_gflops": rate / 1e9, "sgemm_share": share, "loss": loss}
 
-    workload.serve(run, lambda: {"blas": cpu_blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)})
+    workload.serve(run, ours.facts)
 
 
 def serve_peer(options: argparse.Namespace) -> None:
-    """A worker that trains with PyTorch."""
+    """Work as a worker that trains with PyTorch."""
     import peer
     import torch
 
@@ -81,7 +75,7 @@ def serve_peer(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
-    """One configuration, all sides: the fields of the JSON line."""
+    """Measure one configuration on all sides; returns the fields of the JSON line."""
     ours, *others = workload.compare(options, __file__, arguments)
     rows = workload.rows(options)
     result = {
@@ -99,13 +93,13 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
     }
     for other in others:
         result |= workload.ratios(ours, other)
-    return result | workload.machine(options)
+    return result | workload.machine(options.threads)
 
 
 def main() -> None:
     parser = workload.parser(__doc__, batch=4)
     parser.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--sweep", help="latents, batch or length, with =VALUES where others are wanted")
+    parser.add_argument("--sweep", help="latents, batch or length, with =VALUES for values of your own")
     defaults = {"latents": [0, 1, 2, 4, 6, 8], "batch": [1, 2, 4, 8], "length": [57, 120, 240, 360]}
     workload.command("train_step", parser, {"ours": serve_ours, "peer": serve_peer}, measure, defaults)
 

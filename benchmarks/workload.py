@@ -1,7 +1,8 @@
-"""What train_step.py and generate.py share: the made-up batches, the model's size, the workers, and the arithmetic.
+"""Shared by the benchmarks: command-line options, random batches, workers and statistics.
 
-Each side of a comparison is a process of its own (a worker), because two BLAS libraries in one process may clash. The
-command starts all of them, then asks for one run of each in turn, A B A B. Imports neither mlx nor torch.
+In train_step.py and generate.py each side of a comparison is a separate process (a worker), because two BLAS libraries
+in one process may conflict. The command starts all workers and then asks each for one run in turn, A B A B. Imports
+neither mlx nor torch.
 """
 
 import argparse
@@ -19,20 +20,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 class Row(NamedTuple):
-    """One example: its latents follow the first `latent_start` ids; labels begin at `n_unlabelled`."""
+    """One example: its latents follow the first `latent_start` ids; labels begin at `n_unlabeled`."""
 
     ids: np.ndarray
     latent_start: int
     n_latents: int
-    n_unlabelled: int
+    n_unlabeled: int
 
 
 class Preset(NamedTuple):
-    """Tokens of an example."""
+    """Tokens of an example: of its question, its thoughts, and its remaining steps and answer."""
 
     question: int
     latents: int
@@ -42,25 +43,33 @@ class Preset(NamedTuple):
 PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30)}
 
 
-def parser(description: str, batch: int) -> argparse.ArgumentParser:
-    """The options that both commands have."""
+def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentParser:
+    """Make a parser with the options that all benchmarks have: the sizes of batch and model."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--preset", choices=PRESETS, default="prosqa", help="lengths (default: %(default)s)")
+    made.add_argument("--preset", choices=PRESETS, default=preset, help="lengths (default: %(default)s)")
     made.add_argument("--batch", type=int, default=batch, help="examples in a batch (default: %(default)s)")
-    made.add_argument("--latents", type=int, help="thoughts; the question is lengthened to keep the number of tokens")
+    made.add_argument(
+        "--latents", type=int, help="thoughts; the question's length changes to keep the number of tokens"
+    )
     made.add_argument("--length", type=int, help="tokens of the question (default: the preset's)")
-    made.add_argument("--threads", type=int, default=1, help="cores to use: our streams, their threads (default: 1)")
-    made.add_argument("--runs", type=int, default=5, help="measured runs of each side, after a first (default: 5)")
-    made.add_argument("--peer", action="store_true", help="compare with PyTorch and transformers (peer.py)")
-    made.add_argument("--own-blas", action="store_true", help="compare with the BLAS of MLX's wheel (COCONUT_BLAS=off)")
+    made.add_argument("--runs", type=int, default=5, help="measured runs of each side, after a warm-up (default: 5)")
     for name, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocabulary", 50_260)):
         made.add_argument(f"--{name}", type=int, default=default, help="of the model (default: GPT-2 124M's)")
+    return made
+
+
+def parser(description: str, batch: int) -> argparse.ArgumentParser:
+    """Make a parser with the options of train_step.py and generate.py."""
+    made = base_parser(description, "prosqa", batch)
+    made.add_argument("--threads", type=int, default=1, help="our CPU streams, PyTorch's threads (default: 1)")
+    made.add_argument("--peer", action="store_true", help="compare with PyTorch and transformers (peer.py)")
+    made.add_argument("--own-blas", action="store_true", help="compare with the BLAS of MLX's wheel (COCONUT_BLAS=off)")
     made.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
     return made
 
 
-def rows(options: argparse.Namespace, labelled: bool = True, seed: int = 0) -> list[Row]:
-    """A batch of random tokens: question, start, latents, end and, for training, a labelled rest."""
+def rows(options: argparse.Namespace, labeled: bool = True, seed: int = 0) -> list[Row]:
+    """Make a batch of random tokens: question, start, latents, end and, for training, labeled tokens."""
     preset = PRESETS[options.preset]
     n_latents = preset.latents if options.latents is None else options.latents
     question = (preset.question if options.length is None else options.length) + preset.latents - n_latents
@@ -68,7 +77,7 @@ def rows(options: argparse.Namespace, labelled: bool = True, seed: int = 0) -> l
     rng = np.random.default_rng(seed)
 
     def row() -> Row:
-        rest = rng.integers(0, start, preset.rest if labelled else 0)
+        rest = rng.integers(0, start, preset.rest if labeled else 0)
         parts = rng.integers(0, start, question), [start], [latent] * n_latents, [end], rest
         return Row(np.concatenate(parts).astype(np.int32), question + 1, n_latents, question + n_latents + 2)
 
@@ -76,50 +85,48 @@ def rows(options: argparse.Namespace, labelled: bool = True, seed: int = 0) -> l
 
 
 def count_tokens(batch: list[Row]) -> int:
-    """Tokens read, latents included."""
+    """Count the tokens, latents included."""
     return sum(len(row.ids) for row in batch)
 
 
 def required_flops(options: argparse.Namespace, batch: list[Row]) -> float:
-    """Floating-point operations that a training step cannot do without.
+    """Count the floating-point operations that a training step requires.
 
-    6 x parameters without the embeddings x tokens; attention onto the tokens that may be seen; the vocabulary product
-    at labelled tokens.
+    6 x parameters without the embeddings x tokens, attention to the tokens that the causal mask allows, and the product
+    with the vocabulary at labeled tokens.
     """
     width, layers = options.width, options.layers
     parameters = layers * (12 * width * width + 13 * width) + 2 * width
     pairs = sum(len(row.ids) * (len(row.ids) + 1) / 2 for row in batch)
-    n_labelled = sum(len(row.ids) - row.n_unlabelled for row in batch)
-    products = parameters * count_tokens(batch) + options.vocabulary * width * n_labelled
+    n_labeled = sum(len(row.ids) - row.n_unlabeled for row in batch)
+    products = parameters * count_tokens(batch) + options.vocabulary * width * n_labeled
     return 6.0 * products + 12.0 * layers * width * pairs
 
 
 def peak_rss() -> float:
-    """The most memory this process has held, in GB."""
+    """Return the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def serve(run: Callable[[], dict], finish: Callable[[], dict]) -> None:
-    """Be a worker: do one run for every line on stdin and answer with its figures; with the finish's at the end."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr
+    """Work as a worker: for each line on stdin, run and print the results as JSON; at its end, those of `finish`."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # other output must not mix with the answers
     print("{}", file=answers, flush=True)
     for _ in sys.stdin:
         started, cpu = time.perf_counter(), time.process_time()
-        figures = run()
-        timed = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        print(json.dumps(timed | figures), file=answers, flush=True)
+        results = run()
+        times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps(times | results), file=answers, flush=True)
     print(json.dumps(finish() | {"peak_rss_gb": round(peak_rss(), 3)}), file=answers, flush=True)
 
 
 class Worker:
-    """One side of a comparison, in a process of its own."""
+    """One side of a comparison, in a separate process."""
 
     def __init__(self, side: str, script: str, arguments: list[str], threads: int, **environment: str):
         self.name, self.runs, self.facts = side, [], {}
-        ours = {"OPENBLAS_NUM_THREADS": "1", "COCONUT_STREAMS": str(threads)}
-        theirs = {"OMP_NUM_THREADS": str(threads)}
-        environment = os.environ | (theirs if side == "peer" else ours) | environment
+        library_threads = {"OMP_NUM_THREADS": str(threads)} if side == "peer" else {"OPENBLAS_NUM_THREADS": "1"}
+        environment = os.environ | library_threads | environment
         command = [sys.executable, script, *arguments, "--worker", "peer" if side == "peer" else "ours"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
@@ -131,34 +138,34 @@ class Worker:
         return json.loads(line)
 
     def ready(self) -> None:
-        """Wait until the process has made its model."""
+        """Wait until the process has its model."""
         self._answer()
 
     def run(self) -> dict:
-        """Ask for one run."""
+        """Request one run; returns its results."""
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
         return self._answer()
 
     def measure(self) -> None:
-        """One run that counts."""
+        """Run once and keep the results."""
         self.runs.append(self.run())
-        figures = " ".join(f"{name} {value:.3f}" for name, value in self.runs[-1].items())
-        say(f"{self.name}: {figures}; load {os.getloadavg()[0]:.1f}")
+        results = " ".join(f"{name} {value:.3f}" for name, value in self.runs[-1].items())
+        say(f"{self.name}: {results}; load {os.getloadavg()[0]:.1f}")
 
     def close(self) -> None:
-        """End the process and keep what it says of itself."""
+        """End the process and keep the facts it reports."""
         self.process.stdin.close()
         self.facts = self._answer()
         self.process.wait()
 
     def median(self, name: str = "seconds") -> float:
-        """The median of one figure over the runs."""
+        """Return the median of one result over the runs."""
         return statistics.median(run[name] for run in self.runs)
 
 
 def compare(options: argparse.Namespace, script: str, arguments: list[str]) -> list[Worker]:
-    """Run ours and what it is compared with in turn: -> workers, ours first."""
+    """Measure our side and those it is compared with in turn; returns the workers, ours first."""
     workers = [Worker("ours", script, arguments, options.threads)]
     if options.peer:
         workers.append(Worker("peer", script, arguments, options.threads))
@@ -167,7 +174,7 @@ def compare(options: argparse.Namespace, script: str, arguments: list[str]) -> l
     for worker in workers:
         worker.ready()
     for worker in workers:
-        worker.run()  # the first is slower: memory comes from the system
+        worker.run()  # warm-up: the first run is slower, because its memory comes from the system
     for _ in range(options.runs):
         for worker in workers:
             worker.measure()
@@ -177,7 +184,7 @@ def compare(options: argparse.Namespace, script: str, arguments: list[str]) -> l
 
 
 def ratios(ours: Worker, other: Worker) -> dict:
-    """How many times as long the other takes: of medians, of pairs, and in CPU seconds."""
+    """Return the ratio of the other's time to ours: of medians, the median over pairs, and of CPU seconds."""
     pairs = [b["seconds"] / a["seconds"] for a, b in zip(ours.runs, other.runs, strict=True)]
     return {
         f"{other.name}_seconds": round(other.median(), 4),
@@ -188,18 +195,18 @@ def ratios(ours: Worker, other: Worker) -> dict:
     }
 
 
-def machine(options: argparse.Namespace) -> dict:
-    """Where this was measured."""
+def machine(threads: int) -> dict:
+    """Describe the machine and its load."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":")[1].strip() if lines else model
     load = round(os.getloadavg()[0], 2)
-    return {"processor": model, "cores": os.cpu_count(), "threads": options.threads, "load": load}
+    return {"processor": model, "cores": os.cpu_count(), "threads": threads, "load": load}
 
 
 def sweep_values(text: str, defaults: dict[str, list[int]]) -> tuple[str, list[int]]:
-    """`latents` or `latents=0,6` -> the option's name and its values."""
+    """Parse `latents` or `latents=0,6` into the option's name and its values."""
     name, _, values = text.partition("=")
     if name not in defaults:
         raise SystemExit(f"error: --sweep {name}: choose from {', '.join(defaults)}")
@@ -207,7 +214,7 @@ def sweep_values(text: str, defaults: dict[str, list[int]]) -> tuple[str, list[i
 
 
 def sweep(make: argparse.ArgumentParser, arguments: list[str], name: str, values: list[int], measure) -> list[dict]:
-    """The measurement at each value of one option."""
+    """Measure at each value of one option."""
     points = []
     for value in values:
         changed = [*arguments, f"--{name}", str(value)]
@@ -223,9 +230,9 @@ def command(
     measure: Callable[[argparse.Namespace, list[str]], dict],
     defaults: dict[str, list[int]],
 ) -> None:
-    """Do what the command line says: be a worker, or print the one JSON line of a measurement or of a sweep.
+    """Run the command line: work as a worker, or print one JSON line for a measurement or a sweep.
 
-    serve_side: what a worker of each side does; defaults: the values of each option that can be swept.
+    serve_side: the function of a worker for each side; defaults: the values of each option that can be swept.
     """
     options, arguments = make.parse_args(), sys.argv[1:]
     if options.worker:
@@ -239,5 +246,5 @@ def command(
 
 
 def say(text: str) -> None:
-    """Progress, beside the result on stdout."""
+    """Print progress to stderr; only the result goes to stdout."""
     print(text, file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
-"""What the preprocessing scripts share: pinned checksums, whole-or-nothing writing, one message per mistake.
+"""Shared by the preprocessing scripts: pinned checksums, atomic writing, errors. Standard library only.
 
 The bash scripts call it as a command:
 
-    python datafiles.py check NAME PATH [--source ADDRESS] [--advice TEXT]   is PATH what checksums.txt says of NAME?
+    python datafiles.py check NAME PATH [--source ADDRESS] [--advice TEXT]   compare PATH with NAME in checksums.txt
     python datafiles.py pin NAME KIND                                        print one value of checksums.txt
 
-Exit status: 0 as expected, 1 another file was found, 2 the call or checksums.txt is wrong.
+Exit status: 0 success, 1 PATH is not the expected file, 2 the call or checksums.txt is wrong.
 """
 
 import os
@@ -13,14 +13,17 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(HERE))
-import stopping  # noqa: E402
+from startup import signals  # noqa: E402
 
-if os.path.dirname(os.path.abspath(sys.argv[0])) == HERE:  # a script of this folder was started, and nobody's module
-    stopping.at_once()  # before the slower imports, which is why the scripts import this file first
+# The scripts import this file first, so that the handler is in place before slower imports. Other programs, such as
+# scripts/demo.py, keep their own handler.
+if os.path.dirname(os.path.abspath(sys.argv[0])) == HERE:
+    signals.at_once()
 
 import argparse  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 PINS = Path(__file__).with_name("checksums.txt")
@@ -28,7 +31,7 @@ KINDS = ("sha256", "gitblob", "sha256-hint", "items", "commit")
 
 
 class DataError(Exception):
-    """A mistake to be told in one message. Status 2: the user's file or option; 1: network, server, disk."""
+    """An error shown as one message. Exit status 2: a wrong file or option of the user; 1: network, server or disk."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -36,7 +39,7 @@ class DataError(Exception):
 
 
 def run(main):
-    """Run main() as a command: a DataError becomes its message and status."""
+    """Call main() and turn a DataError or OSError into its message and exit status."""
     try:
         main()
         sys.stdout.flush()
@@ -48,38 +51,52 @@ def run(main):
         sys.exit(1)
 
 
-def write_json(items, path):
-    """Write an iterable as one JSON list, byte for byte as json.dump would, and return its length.
+def argument_parser(docstring):
+    """Create a script's argument parser, whose --help shows the docstring as it is written."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    Item by item, so that the list need not fit in memory; to a temporary name first, so that path is whole or absent.
+
+@contextmanager
+def replacing(path):
+    """Open a temporary text file that replaces `path` on success and is removed otherwise.
+
+    `path` therefore never holds a partial file. Like utils.replacing, but without its dependencies.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two of us may be at it
-    stopping.unfinished.add(str(temporary))
-    count = 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # one name per process
+    signals.unfinished.add(str(temporary))
     try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write("[")
-            for item in items:
-                out.write((", " if count else "") + json.dumps(item))
-                count += 1
-            out.write("]")
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        stopping.unfinished.discard(str(temporary))
+        signals.unfinished.discard(str(temporary))
+
+
+def write_json(items, path):
+    """Write an iterable as a JSON list, with the same bytes as json.dump, and return its length.
+
+    The items are written one by one, so that the list need not fit in memory.
+    """
+    count = 0
+    with replacing(Path(path)) as file:
+        file.write("[")
+        for item in items:
+            file.write((", " if count else "") + json.dumps(item))
+            count += 1
+        file.write("]")
     return count
 
 
 def listed(problems, limit=10):
-    """The first problems, one a line, and how many more there are."""
+    """Format the first problems, one per line, and the number of the others."""
     more = [f"... and {len(problems) - limit:,} more"] if len(problems) > limit else []
     return "\n".join(f"  {line}" for line in list(problems[:limit]) + more)
 
 
 def describe(path):
-    """In words, what a file that is not the expected one seems to be."""
+    """Say what kind of file an unexpected file is."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -93,7 +110,7 @@ def describe(path):
 
 
 def measure(path, kind):
-    """The value of one kind (see checksums.txt) for a file, as text; None if the file has no such value."""
+    """Return the file's value of a kind in checksums.txt, as text; None if it has none (not a JSON list)."""
     if kind == "items":
         return _count_items(path)
     digest = hashlib.sha1() if kind == "gitblob" else hashlib.sha256()
@@ -109,15 +126,19 @@ def _count_items(path):
     try:
         with open(path, encoding="utf-8") as file:
             items = json.load(file)
-    except ValueError:  # not utf-8, not JSON
+    except ValueError:  # not UTF-8 or not JSON
         return None
     return str(len(items)) if isinstance(items, list) else None
 
 
+def pins_path():
+    """Return the checksum file in use."""
+    return os.environ.get("COCONUT_CHECKSUMS") or PINS
+
+
 def read_pins():
-    """checksums.txt, or the file COCONUT_CHECKSUMS names, as {name: {kind: value}}."""
-    path = os.environ.get("COCONUT_CHECKSUMS") or PINS
-    pins = {}
+    """Read the checksum file as {name: {kind: value}}."""
+    path, pins = pins_path(), {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             words = line.split("#")[0].split()
@@ -130,19 +151,18 @@ def read_pins():
 
 
 def pin(name, kind):
-    """One value of checksums.txt."""
+    """Return one value of the checksum file."""
     try:
         return read_pins()[name][kind]
     except KeyError:
-        raise DataError(f"{os.environ.get('COCONUT_CHECKSUMS') or PINS}: no {kind} for {name}") from None
+        raise DataError(f"{pins_path()}: no {kind} for {name}") from None
 
 
 def check(name, path, source=None, advice=""):
-    """Raise a DataError (status 1) unless the file is the one checksums.txt pins under this name."""
+    """Raise a DataError (status 1) unless the file has every value that the checksum file lists for this name."""
     pins = read_pins().get(name)
     if not pins:
-        raise DataError(f"{os.environ.get('COCONUT_CHECKSUMS') or PINS}: nothing is known of {name}")
-    origin = f"{path}, from {source}," if source else path
+        raise DataError(f"{pins_path()}: no entry for {name}")
     for kind, expected in pins.items():
         found = measure(path, kind)
         if found == expected:
@@ -152,14 +172,15 @@ def check(name, path, source=None, advice=""):
             continue
         value = "not a JSON list" if found is None else f"{kind} {found}"
         raise DataError(
-            f"{origin} is not the expected file.\n  expected: {name} with {kind} {expected}\n"
-            f"  found:    {describe(path)}, {value}" + (f"\n  what to do: {advice}" if advice else ""),
+            f"{path}{f', from {source},' if source else ''} is not the expected file.\n"
+            f"  expected: {name} with {kind} {expected}\n  found:    {describe(path)}, {value}"
+            + (f"\n  what to do: {advice}" if advice else ""),
             status=1,
         )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser("check")
     checking.add_argument("name")

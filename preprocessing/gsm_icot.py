@@ -3,20 +3,22 @@
     python preprocessing/gsm_icot.py valid
 
 Each line reads `question||<<1+2=3>> <<3*4=12>> #### 12`. preprocessing/gsm_icot.bash downloads the three files and
-calls this; on text of your own of the same form it works alone.
+runs this script on them. It also converts text of your own in the same form.
 """
 
-from datafiles import DataError, describe, listed, run, write_json
-
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(__file__))  # Python leaves it out where PYTHONSAFEPATH is set
+from datafiles import DataError, argument_parser, describe, listed, run, write_json
+
 from pathlib import Path
 
 
 def convert_line(line):
-    """One line as an item, by the rules of the official preprocessing/gsm_icot.py.
+    """Convert one line by the rules of the official preprocessing/gsm_icot.py.
 
-    A line without steps keeps one empty step, [""]: the official data have it so.
+    A line without steps gets one empty step, [""], as in the official data.
     """
     fields = line.split("||")
     return {
@@ -26,27 +28,26 @@ def convert_line(line):
     }
 
 
-def check_lines(path):
-    """Refuse text of another form; warn of lines that convert officially, but hardly as meant."""
-    wrong, doubtful = [], []
+def lines_without(mark, path):
+    """List the lines of the file that lack the mark, with their numbers."""
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if "||" not in line:
-                    wrong.append(f"line {number:,}: {line.strip()[:60]!r}")
-                elif "##" not in line:
-                    doubtful.append(f"line {number:,}: {line.strip()[:60]!r}")
+            return [f"line {n:,}: {line.strip()[:60]!r}" for n, line in enumerate(file, 1) if mark not in line]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not utf-8 text ({error.reason}); save it as utf-8") from None
-    if wrong:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def check_lines(path):
+    """Raise a DataError for text of another form. Warn of lines without '##', which the official rules accept."""
+    if wrong := lines_without("||", path):
         raise DataError(
             f"{path}: found {describe(path)}.\n  expected lines 'question||steps #### answer'; "
             f"{len(wrong):,} have no '||':\n{listed(wrong)}"
         )
-    if doubtful:
+    if doubtful := lines_without("##", path):
         print(
-            f"warning: {path}: {len(doubtful):,} lines have no '##'; as officially, the whole line is their answer:\n"
-            f"{listed(doubtful)}",
+            f"warning: {path}: {len(doubtful):,} lines have no '##'; by the official rules, the whole line is the "
+            f"answer:\n{listed(doubtful)}",
             file=sys.stderr,
         )
 
@@ -64,7 +65,7 @@ def convert(split):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("split", help="train, valid, test, or the SPLIT of a data/gsm_SPLIT.txt of your own")
     converted, count = convert(parser.parse_args().split)
     print(f"{converted}: {count:,} items")

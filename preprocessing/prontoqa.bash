@@ -1,154 +1,104 @@
 #!/usr/bin/env bash
-# ProntoQA as the paper uses it: data/prontoqa_train.json, data/prontoqa_valid.json, data/prontoqa_test.json
+# Generate the paper's ProntoQA: data/prontoqa_train.json, data/prontoqa_valid.json, data/prontoqa_test.json
 #
 #     bash preprocessing/prontoqa.bash
 #
-# Clones the official generator (asaparov/prontoqa) at a pinned commit, installs numpy and scipy for it in a throwaway
-# environment, runs the command of its users' README (about 40 minutes, one processor core), checks the result
-# against preprocessing/checksums.txt and converts it with preprocessing/prontoqa.py. The generator's millions of
-# warnings are normal; they go to data/prontoqa_generator.log, kept as .log.gz. What is in place already is left
-# alone; a data/5hop_0shot_random.json that you copied there yourself is used instead of a run.
+# Clones the official generator (asaparov/prontoqa) at a pinned commit, installs numpy and scipy in a temporary
+# environment, runs the official command (about 40 minutes on one CPU core), verifies the result against
+# preprocessing/checksums.txt and converts it with preprocessing/prontoqa.py. The generator's output, millions of normal
+# warnings, goes to data/prontoqa_generator.log, afterwards .log.gz. Files in place are kept. A
+# data/5hop_0shot_random.json that you copied there replaces the generation.
 #
-# COCONUT_PRONTOQA_REPO=ADDRESS     repository to clone, or the folder of a local clone
-# COCONUT_PRONTOQA_PYTHON=PROGRAM   a Python that has numpy and scipy: nothing is installed then
-# COCONUT_CHECKSUMS=FILE            other checksums and commit than preprocessing/checksums.txt
-# PYTHON=PROGRAM                    Python to use (default: python3)
+# COCONUT_PRONTOQA_REPO=ADDRESS    repository to clone, or the folder of a local clone
+# COCONUT_PRONTOQA_PYTHON=PROGRAM  Python with numpy and scipy; nothing is installed then
+# COCONUT_CHECKSUMS=FILE           replaces preprocessing/checksums.txt
+# PYTHON=PROGRAM                   Python to use (default: python3)
 
 set -eu
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$HERE/fetch.sh"
-start "$0" "$@"
+start "$@"
 
 RAW=5hop_0shot_random.json
 LOG=$PWD/data/prontoqa_generator.log
-REPO=${COCONUT_PRONTOQA_REPO:-https://github.com/asaparov/prontoqa}
-[ ! -d "$REPO" ] || REPO=$(cd "$REPO" && pwd)
-COMMIT=$(pin prontoqa commit)
+SPLITS='prontoqa_train.json prontoqa_valid.json prontoqa_test.json'
 
-# Only the pinned commit, where the server gives it (GitHub does); else every branch.
 clone() {
+  local repo=${COCONUT_PRONTOQA_REPO:-https://github.com/asaparov/prontoqa} commit
+  commit=$(datafiles pin prontoqa commit)
+  [ ! -d "$repo" ] || repo=$(cd "$repo" && pwd)
   have git || die "git not found; install it, or run the generator elsewhere and copy $RAW into data/"
-  say "cloning $REPO at $COMMIT"
-  git init -q "$WORK/generator"
-  run git -C "$WORK/generator" fetch -q --depth 1 "$REPO" "$COMMIT" 2>/dev/null ||
-    run git -C "$WORK/generator" fetch -q "$REPO" '+refs/heads/*:refs/remotes/origin/*' 2>"$WORK/git.err" ||
-    die "could not clone $REPO
-  found:      $(tail -n 1 "$WORK/git.err")
-  what to do: check the network and run again; or set COCONUT_PRONTOQA_REPO to a mirror or to a local clone"
-  git -C "$WORK/generator" checkout -q "$COMMIT" 2>/dev/null || die "$REPO has no commit $COMMIT
+  say "cloning $repo at $commit"
+  git init -q "$GENERATOR"
+  # GitHub serves a single commit; another server may serve branches only.
+  run git -C "$GENERATOR" fetch -q --depth 1 "$repo" "$commit" 2>/dev/null ||
+    run git -C "$GENERATOR" fetch -q "$repo" '+refs/heads/*:refs/remotes/origin/*' || die "could not clone $repo
+  found:      the message above
+  what to do: check the network and run again; or set COCONUT_PRONTOQA_REPO to a mirror or a local clone"
+  git -C "$GENERATOR" checkout -q "$commit" 2>/dev/null || die "$repo has no commit $commit
   what to do: set COCONUT_PRONTOQA_REPO to a full clone of asaparov/prontoqa"
 }
 
 install() {
-  GENERATOR_PYTHON=${COCONUT_PRONTOQA_PYTHON:-$WORK/venv/bin/python}
-  if [ -z "${COCONUT_PRONTOQA_PYTHON:-}" ]; then
-    say "installing numpy and scipy in a throwaway environment"
-    run "$PYTHON" -m venv "$WORK/venv" >"$WORK/pip.err" 2>&1 && run "$WORK/venv/bin/python" -m pip install -q \
-      --disable-pip-version-check numpy scipy >"$WORK/pip.err" 2>&1 || die "could not install numpy and scipy
-  found:      $(grep -v '^$' "$WORK/pip.err" | tail -n 1)
+  say "installing numpy and scipy in a temporary environment"
+  run "$PYTHON" -m venv "$SCRATCH/venv" >&2 &&
+    run "$SCIPY_PYTHON" -m pip install -q --disable-pip-version-check numpy scipy >&2 ||
+    die "could not install numpy and scipy
+  found:      the message above
   what to do: check the network (on Debian and Ubuntu also: apt install python3-venv) and run again; or set
               COCONUT_PRONTOQA_PYTHON to a Python that has both"
-  fi
-  "$GENERATOR_PYTHON" -c 'import numpy, scipy' 2>/dev/null ||
-    die "$GENERATOR_PYTHON cannot import numpy and scipy; set COCONUT_PRONTOQA_PYTHON to a Python that has both, or unset it" 2
 }
 
-# The generator prints no count and writes its file at the end: this runs it unchanged and looks at its counter.
-write_watcher() {
-  cat >"$WORK/watch.py" <<'PYTHON'
-import os
-import runpy
-import sys
-import threading
-import time
-
-screen = os.fdopen(3, "w")
-total = int(sys.argv[sys.argv.index("--num-trials") + 1])
-pause = float(os.environ.get("COCONUT_PROGRESS_SECONDS") or (5 if screen.isatty() else 60))
-started = time.monotonic()
-
-
-def count():
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    while frame and frame.f_code.co_name != "run_experiment":
-        frame = frame.f_back
-    return frame.f_locals.get("trial", 0) if frame else 0
-
-
-def watch():
-    while True:
-        time.sleep(pause)
-        done, minutes = count(), (time.monotonic() - started) / 60
-        left = f", about {minutes / done * (total - done):.0f} left" if done else ""
-        line = f"{done:,} of {total:,} examples after {minutes:.0f} minutes{left}"
-        print(f"\r{line}   " if screen.isatty() else line, end="" if screen.isatty() else "\n", file=screen, flush=True)
-
-
-threading.Thread(target=watch, daemon=True).start()
-sys.argv = sys.argv[1:]
-sys.path[0] = os.getcwd()
-runpy.run_path(sys.argv[0], run_name="__main__")
-PYTHON
-}
-
+# The generator prints no count and writes its file at the end, so the only progress to report is the time.
 generate() {
-  say "generating 10,000 examples: about 40 minutes. Its warnings are normal and go to $LOG"
-  write_watcher
+  local status=0 seconds=0
+  say "generating 10,000 examples; the generator's output goes to $LOG"
   UNFINISHED=$LOG
-  (
-    cd "$WORK/generator" &&
-      exec "$GENERATOR_PYTHON" ../watch.py run_experiment.py --model-name json --model-size dummy --ordering random \
-        --num-trials 10000 --few-shot-examples 0 --ontology fictional --min-hops 5 --max-hops 5 --hops-skip 1
-  ) 3>&2 >"$LOG" 2>&1 &
+  # PYTHONSAFEPATH would keep the generator from importing its own files.
+  (cd "$GENERATOR" && PYTHONSAFEPATH='' exec "$SCIPY_PYTHON" run_experiment.py --model-name json \
+    --model-size dummy --ordering random --num-trials 10000 --few-shot-examples 0 --ontology fictional --min-hops 5 \
+    --max-hops 5 --hops-skip 1) >"$LOG" 2>&1 &
   CHILD=$!
-  local status=0
+  while kill -0 "$CHILD" 2>/dev/null; do
+    sleep 1
+    seconds=$((seconds + 1))
+    [ $((seconds % 60)) -ne 0 ] || say "$((seconds / 60)) min so far, about 40 min in all" >&2
+  done
   wait "$CHILD" || status=$?
   CHILD=
-  [ ! -t 2 ] || printf '\n' >&2
-  if [ "$status" -ne 0 ] || [ ! -s "$WORK/generator/$RAW" ]; then
-    local last
-    last=$(grep -v '^WARNING' "$LOG" | tail -n 3)
-    UNFINISHED=
-    mv "$LOG" "$LOG.failed"
-    die "the generator stopped with status $status and without its $RAW
-  found:      $last
-  what to do: see $LOG.failed"
-  fi
-}
-
-# A result that differs cost 40 minutes too: kept, under a name nothing reads.
-accept() {
-  check "$RAW" "$WORK/generator/$RAW" --advice "kept as data/$RAW.unexpected; to use it all the same, rename it to
-              data/$RAW and run 'python preprocessing/prontoqa.py'" || {
-    mv "$WORK/generator/$RAW" "data/$RAW.unexpected"
-    exit 1
-  }
-  gzip -f "$LOG"
-  UNFINISHED=data/.$RAW.part  # whole or absent, also where data/ is on another file system
-  cp "$WORK/generator/$RAW" "$UNFINISHED" && mv "$UNFINISHED" "data/$RAW"
+  [ "$status" -ne 0 ] || [ ! -s "$GENERATOR/$RAW" ] || return 0
   UNFINISHED=
+  mv "$LOG" "$LOG.failed"
+  die "the generator stopped with status $status and without its $RAW
+  found:      $(grep -v '^WARNING' "$LOG.failed" | tail -n 3)
+  what to do: see $LOG.failed"
 }
 
-splits_in_place() {
-  local missing=0 split
-  for split in train valid test; do in_place "prontoqa_$split.json" || missing=1; done
-  return "$missing"
+# A result that differs took 40 minutes too, so it is kept under a name that no script reads.
+accept() {
+  datafiles check "$RAW" "$GENERATOR/$RAW" --advice "kept as data/$RAW.unexpected; to use it nevertheless,
+              rename it to data/$RAW and run 'python preprocessing/prontoqa.py'" ||
+    { mv "$GENERATOR/$RAW" "data/$RAW.unexpected"; exit 1; }
+  UNFINISHED=data/.$RAW.part  # the temporary folder may be on another file system, where mv would copy
+  cp "$GENERATOR/$RAW" "$UNFINISHED"
+  mv "$UNFINISHED" "data/$RAW"
+  gzip -f "$LOG"
 }
 
-if splits_in_place; then
-  say "data/prontoqa_train.json, data/prontoqa_valid.json and data/prontoqa_test.json are in place"
-  exit 0
-fi
+missing=
+for name in $SPLITS; do in_place "$name" || missing=$name; done
+[ -n "$missing" ] || exit 0
 if ! in_place "$RAW"; then
   say "ProntoQA is generated, not downloaded: this takes about 40 minutes."
-  WORK=$(mktemp -d "${TMPDIR:-/tmp}/coconut-prontoqa.XXXXXX")
-  SCRATCH=$WORK
+  SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/coconut-prontoqa.XXXXXX")
+  GENERATOR=$SCRATCH/generator
+  SCIPY_PYTHON=${COCONUT_PRONTOQA_PYTHON:-$SCRATCH/venv/bin/python}
   clone
-  install
+  [ -n "${COCONUT_PRONTOQA_PYTHON:-}" ] || install
+  "$SCIPY_PYTHON" -c 'import numpy, scipy' 2>/dev/null || die "$SCIPY_PYTHON cannot import numpy and scipy
+  what to do: set COCONUT_PRONTOQA_PYTHON to a Python that has both, or unset it" 2
   generate
   accept
 fi
-run "$PYTHON" "$HERE/prontoqa.py" || exit $?
-for split in train valid test; do
-  check "prontoqa_$split.json" "data/prontoqa_$split.json" --advice "please report this"
-done
+run "$PYTHON" "$HERE/prontoqa.py"
+for name in $SPLITS; do datafiles check "$name" "data/$name" --advice "please report this"; done

@@ -2,16 +2,18 @@
 
     python preprocessing/prontoqa.py
 
-The raw file comes from the generator of asaparov/prontoqa: preprocessing/prontoqa.bash runs it, or you do and copy
-its file into data/. In the file's order the first 9,000 items are for training, 200 for validation, the rest (800) for
-testing.
+The generator of asaparov/prontoqa writes the raw file. preprocessing/prontoqa.bash runs it and then this script; if you
+have the raw file already, copy it into data/. The first 9,000 items become the training set, the next 200 the
+validation set and the last 800 the test set.
 """
 
-from datafiles import DataError, describe, listed, run, write_json
-
-import argparse
-import json
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(__file__))  # Python leaves it out where PYTHONSAFEPATH is set
+from datafiles import DataError, argument_parser, describe, listed, run, write_json
+
+import json
 from pathlib import Path
 
 RAW = Path("data/5hop_0shot_random.json")
@@ -20,9 +22,9 @@ SPLITS = {"train": slice(0, 9_000), "valid": slice(9_000, 9_200), "test": slice(
 
 
 def convert_example(example):
-    """One raw example as an item, by the rules of the official preprocessing/prontoqa.py.
+    """Convert one raw example by the rules of the official preprocessing/prontoqa.py.
 
-    A step is two sentences of the chain: what is known and the rule used on it. An odd last sentence stands alone.
+    A step is two sentences of the chain: a known fact and the rule applied to it. The last step may have one sentence.
     """
     chain = example["chain_of_thought"]
     return {
@@ -32,8 +34,8 @@ def convert_example(example):
     }
 
 
-def problem_of(entry):
-    """What is wrong with one raw entry, in words; None if nothing is."""
+def find_problem(entry):
+    """Describe why a raw entry cannot be converted; None if it can."""
     example = entry.get("test_example") if isinstance(entry, dict) else None
     if not isinstance(example, dict):
         return "no object 'test_example'"
@@ -47,7 +49,7 @@ def problem_of(entry):
 
 
 def read_raw(path):
-    """The raw file's examples in order; a DataError says what the file is instead."""
+    """Return the raw file's examples in order. Raises a DataError if the file or an example is unusable."""
     if not path.is_file():
         raise DataError(f"{path}: not found. Run 'bash preprocessing/prontoqa.bash' or copy the raw file there.")
     try:
@@ -56,20 +58,19 @@ def read_raw(path):
         raise DataError(f"{path}: found {describe(path)}, not JSON ({error}). Generate or copy it again.") from None
     if not isinstance(raw, dict) or not raw:
         raise DataError(f"{path}: expected an object of example1, example2 ..., found {type(raw).__name__} {raw!r:.40}")
-    problems = [f"{key}: {problem}" for key, problem in ((k, problem_of(v)) for k, v in raw.items()) if problem]
+    problems = [f"{key}: {problem}" for key, entry in raw.items() if (problem := find_problem(entry))]
     if problems:
         raise DataError(f"{path}: {len(problems):,} of {len(raw):,} examples cannot be used:\n{listed(problems)}")
     return [entry["test_example"] for entry in raw.values()]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    argument_parser(__doc__).parse_args()
     items = [convert_example(example) for example in read_raw(RAW)]
     if len(items) != EXPECTED:
         sizes = ", ".join(f"{name} {len(items[part]):,}" for name, part in SPLITS.items())
         print(
-            f"warning: {RAW} holds {len(items):,} examples, the paper's data {EXPECTED:,}; cut as officially: {sizes}",
+            f"warning: {RAW} holds {len(items):,} examples, the paper's data {EXPECTED:,}; split by position: {sizes}",
             file=sys.stderr,
         )
     for name, part in SPLITS.items():

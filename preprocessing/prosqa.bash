@@ -1,29 +1,23 @@
 #!/usr/bin/env bash
-# The official ProsQA: data/prosqa_train.json, data/prosqa_valid.json, data/prosqa_test.json
+# Download the official ProsQA: data/prosqa_train.json, data/prosqa_valid.json, data/prosqa_test.json
 #
 #     bash preprocessing/prosqa.bash
 #
-# Downloads the three files (32 MB) from facebookresearch/coconut at a pinned commit and checks them against
-# preprocessing/checksums.txt. For train the id that git gives its content decides: its sha256 is known at second hand
-# only, so a difference in that alone is told and the file kept. What is in place already is left alone.
-# To generate such problems instead, see preprocessing/prosqa.py.
+# The three files (32 MB) come from facebookresearch/coconut at a pinned commit and are verified against
+# preprocessing/checksums.txt. For train, git's id of the content decides; its sha256 is known at second hand only, so
+# the script prints a note if that differs. Files in place are kept. preprocessing/prosqa.py generates similar problems.
 #
-# COCONUT_PROSQA_URL=ADDRESS  folder to take the three files from (http://, https:// or file://)
-# COCONUT_CHECKSUMS=FILE      other checksums than preprocessing/checksums.txt
+# COCONUT_PROSQA_URL=ADDRESS  folder with the three files (http://, https:// or file://)
+# COCONUT_CHECKSUMS=FILE      replaces preprocessing/checksums.txt
 # PYTHON=PROGRAM              Python to use (default: python3)
 
 set -eu
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$HERE/fetch.sh"
-start "$0" "$@"
+start "$@"
 
-COMMIT=$(pin prosqa commit)
+COMMIT=$(datafiles pin prosqa commit)
 FOLDER=${COCONUT_PROSQA_URL:-https://raw.githubusercontent.com/facebookresearch/coconut/$COMMIT/data}
-for split in train valid test; do
-  if in_place "prosqa_$split.json"; then
-    say "data/prosqa_$split.json is in place"
-  else
-    fetch "prosqa_$split.json" "${FOLDER%/}/prosqa_$split.json" COCONUT_PROSQA_URL
-    say "data/prosqa_$split.json: downloaded and checked"
-  fi
+for name in prosqa_train.json prosqa_valid.json prosqa_test.json; do
+  in_place "$name" || fetch "$name" "${FOLDER%/}/$name" COCONUT_PROSQA_URL
 done

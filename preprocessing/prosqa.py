@@ -1,111 +1,61 @@
-"""Generate ProsQA-like problems, from a seed: data/prosqa_generated_{train,valid,test}.json.
+"""Generate problems like ProsQA's from a seed: data/prosqa_generated_{train,valid,test}.json.
 
     python preprocessing/prosqa.py                                        the official sizes, wording and difficulty
-    python preprocessing/prosqa.py --mean-parents 2.5                     a denser graph, more ways to go wrong
-    python preprocessing/prosqa.py --nodes 12 --symbolic                  one letter a node, for small models
+    python preprocessing/prosqa.py --mean-parents 2.5                     a denser graph with more wrong paths
+    python preprocessing/prosqa.py --nodes 12 --symbolic                  one letter per node, for small models
     python preprocessing/prosqa.py --nodes 48 --mean-parents 1.3 --depth-weight 10 --min-hops 7 --max-hops 8
                                                                           longer chains (a minute)
 
-A question has at most about 570 of GPT-2's tokens officially, 820 in the denser and 860 in the longer kind (of 1,024).
+The longest questions have about 570 GPT-2 tokens in the official kind, 820 in the denser and 860 in the longer kind;
+the model's context has 1,024.
 
-This is not the official data (preprocessing/prosqa.bash downloads that): scores on it are not the paper's. The recipe
-was measured on 800 official problems; the algorithm printed in the paper differs from what they show.
+This is not the official data, which preprocessing/prosqa.bash downloads: scores on it are not the paper's. The recipe
+was measured on 800 official problems; the algorithm printed in the paper gives other statistics.
 
-A problem is a directed graph that grows from two roots, A and B. Some leaf below one root alone is the target, some
-leaf below the other alone is the distractor, and the question is which of the two the root "is".
+A problem is a directed graph that grows from two roots, A and B. The target is a leaf that only one root reaches, the
+distractor a leaf that only the other root reaches. The question asks which of the two the target's root "is".
 """
 
-from datafiles import DataError, listed, run, write_json
+import os
+import sys
 
-import argparse
+sys.path.insert(0, os.path.dirname(__file__))  # Python leaves it out where PYTHONSAFEPATH is set
+from datafiles import DataError, argument_parser, listed, replacing, run, write_json
+
 import hashlib
 import itertools
 import math
 import random
 import re
 import shlex
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
 
-PEOPLE = [
-    "Alex",
-    "Bob",
-    "Carol",
-    "Davis",
-    "Eva",
-    "Fae",
-    "Gabriel",
-    "Jack",
-    "Max",
-    "Oliver",
-    "Polly",
-    "Rex",
-    "Sally",
-    "Sam",
-    "Stella",
-    "Tom",
-    "Wren",
-]
-CONCEPTS = [
-    "bompus",
-    "boompus",
-    "brimpus",
-    "chorpus",
-    "dumpus",
-    "felpus",
-    "fompus",
-    "gerpus",
-    "gorpus",
-    "grimpus",
-    "gwompus",
-    "hilpus",
-    "impus",
-    "jelpus",
-    "jompus",
-    "kerpus",
-    "lempus",
-    "lorpus",
-    "numpus",
-    "quimpus",
-    "rempus",
-    "rompus",
-    "rorpus",
-    "scrompus",
-    "shumpus",
-    "sterpus",
-    "storpus",
-    "terpus",
-    "timpus",
-    "tumpus",
-    "vumpus",
-    "worpus",
-    "wumpus",
-    "yerpus",
-    "yimpus",
-    "yumpus",
-    "zhorpus",
-    "zumpus",
-]
+PEOPLE = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
+CONCEPTS = """
+    bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus jelpus jompus
+    kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus storpus terpus timpus tumpus
+    vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus
+""".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-A, B = 1, 2  # bits of a node's side set: the roots it can be reached from
-POOL_A, POOL_B = 0.35, 0.815  # below the first: parents from side A alone; below the second: from B alone; else any
+A, B = 1, 2  # bits of a node's side set: the roots that reach it
+POOL_A, POOL_B = 0.35, 0.815  # a uniform draw below POOL_A: parents of side {A}; below POOL_B: of {B}; else any
 MAX_TRIES = 20_000  # rejected graphs in a row before giving up
 
 Wording = namedtuple("Wording", "person concept between question answer")
 ENGLISH = Wording("{} is a {}.", "Every {} is a {}.", " ", " Is {} a {} or {}?", "{} is a {}.")
 SYMBOLIC = Wording("{}>{}", "{}>{}", ";", "?{}:{}/{}", "{1}")  # a>b;a>c;d>e?a:b/e with answer b
 
-Graph = namedtuple("Graph", "parents sides")  # node -> its parents in the order drawn, node -> side set
+Graph = namedtuple("Graph", "parents sides")  # per node: its parents in the order drawn; its side set
 
 
 # ---- the graph ----------------------------------------------------------------------------------------------------
 
 
 def poisson(rng, mean):
-    """A Poisson draw by Knuth's method: count the uniform factors that keep a product above exp(-mean)."""
+    """Draw from a Poisson distribution by Knuth's method: count the uniform factors of a product above exp(-mean)."""
     count, product, floor = 0, rng.random(), math.exp(-mean)
     while product > floor:
         count += 1
@@ -114,7 +64,7 @@ def poisson(rng, mean):
 
 
 def draw_distinct(rng, pool, weights, count):
-    """Up to count members of pool, one after the other, each in proportion to its weight among those left."""
+    """Draw up to count members of pool without replacement, each with probability proportional to its weight."""
     pool, weights = list(pool), list(weights)
     drawn = []
     for _ in range(min(count, len(pool))):
@@ -125,7 +75,7 @@ def draw_distinct(rng, pool, weights, count):
 
 
 def grow(rng, nodes, mean_parents, depth_weight):
-    """A graph in which every parent comes before its children; nodes 0 and 1 are the roots A and B."""
+    """Grow a graph in which parents have lower numbers than their children. Nodes 0 and 1 are the roots A and B."""
     parents, sides, depth = [[], []], [A, B], [0, 0]
     for node in range(2, nodes):
         count, side = poisson(rng, mean_parents), rng.random()
@@ -142,7 +92,7 @@ def grow(rng, nodes, mean_parents, depth_weight):
 
 
 def drop_isolated(graph):
-    """Without the nodes that have neither parents nor children (the roots stay), renumbered."""
+    """Remove the nodes without parents and children, except the roots, and renumber the others."""
     used = {parent for drawn in graph.parents for parent in drawn}
     kept = [v for v, drawn in enumerate(graph.parents) if v < 2 or drawn or v in used]
     number = {v: i for i, v in enumerate(kept)}
@@ -150,9 +100,9 @@ def drop_isolated(graph):
 
 
 def shortest_paths(graph, root):
-    """For every node its distance from root (None where unreachable) and its number of shortest paths.
+    """Return each node's distance from root (None if unreachable) and its number of shortest paths.
 
-    Breadth-first distances in one sweep: parents come before children.
+    One pass suffices, because parents have lower numbers than their children.
     """
     distance, ways = [], []
     for node, drawn in enumerate(graph.parents):
@@ -164,7 +114,7 @@ def shortest_paths(graph, root):
 
 
 def draw_path(rng, graph, root, target):
-    """One of the shortest paths from root to target, each as likely as the others."""
+    """Draw one of the shortest paths from root to target, all with the same probability."""
     distance, ways = shortest_paths(graph, root)
     path = [target]
     while path[-1] != root:
@@ -174,7 +124,7 @@ def draw_path(rng, graph, root, target):
 
 
 def draw_question(rng, graph, min_hops, max_hops):
-    """(root, target, distractor), or None where the graph has none at a wanted distance."""
+    """Draw (root, target, distractor), or return None if the graph has none at an allowed distance."""
     has_children = {parent for drawn in graph.parents for parent in drawn}
     childless = [v for v in range(2, len(graph.parents)) if v not in has_children]
     leaves = [[v for v in childless if graph.sides[v] == side] for side in (A, B)]
@@ -193,41 +143,14 @@ def draw_question(rng, graph, min_hops, max_hops):
 
 
 def invented_concepts(count):
-    """Concept names beyond the official 38, for larger graphs: always the same ones in the same order."""
-    onsets = [
-        "b",
-        "br",
-        "ch",
-        "d",
-        "f",
-        "g",
-        "gr",
-        "h",
-        "j",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "pr",
-        "r",
-        "s",
-        "sh",
-        "st",
-        "t",
-        "tr",
-        "v",
-        "w",
-        "y",
-        "z",
-        "zh",
-    ]
+    """List concept names beyond the official 38, for larger graphs. The list is always the same."""
+    onsets = "b br ch d f g gr h j k l m n p pr r s sh st t tr v w y z zh".split()
     words = (onset + vowel + coda + "pus" for coda in "lnrm" for vowel in "aeiou" for onset in onsets)
     return list(itertools.islice((word for word in words if word not in CONCEPTS), max(0, count)))
 
 
 def draw_names(rng, graph, options):
-    """A name for every node: people for those without parents, concepts for the others; None if people run out."""
+    """Draw a person for each node without parents and a concept for each other; None if there are too few people."""
     if options.symbolic:
         return rng.sample(options.symbols, len(graph.parents))
     starts = [v for v, drawn in enumerate(graph.parents) if not drawn]
@@ -239,7 +162,7 @@ def draw_names(rng, graph, options):
 
 
 def make_item(rng, options):
-    """One problem with the official keys in the official order, or None if the drawn graph gives none."""
+    """Make one problem, with the official keys in the official order; None if the drawn graph gives none."""
     graph = grow(rng, options.nodes, options.mean_parents, options.depth_weight)
     question = draw_question(rng, graph, options.min_hops, options.max_hops)
     names = question and draw_names(rng, graph, options)
@@ -268,27 +191,25 @@ def make_item(rng, options):
 
 
 def make_items(rng, count, options, seen, split):
-    """count problems whose questions are not in seen, to which they are added."""
-    items, tries, told = [], 0, time.monotonic()
+    """Make count problems whose questions are not in seen, and add the questions to it."""
+    items, tries, reported = [], 0, time.monotonic()
     while len(items) < count:
-        item = make_item(rng, options)
+        item, tries = make_item(rng, options), tries + 1
         if item and item["question"] not in seen:
             seen.add(item["question"])
             items.append(item)
             tries = 0
-        tries += 1
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
             print(f"{split}: {len(items):,} of {count:,} problems", file=sys.stderr)
-        if tries > MAX_TRIES:
-            raise DataError(
-                f"these options hardly ever give a new problem: {len(items):,} of {count:,} made, then {MAX_TRIES:,} "
-                f"graphs in a row without one.\n  {hint(options)}"
-            )
+        if tries == MAX_TRIES:
+            made = f"{len(items):,} of {count:,} made, then none from {MAX_TRIES:,} graphs"
+            raise DataError(f"these options hardly ever give a new problem: {made}.\n  {hint(options)}")
     return items
 
 
 def hint(options):
+    """Say which options to change where new problems are rare."""
     return (
         f"Now: --nodes {options.nodes} --mean-parents {options.mean_parents:g} --depth-weight {options.depth_weight:g} "
         f"--min-hops {options.min_hops} --max-hops {options.max_hops}. For longer chains raise --nodes or "
@@ -297,7 +218,7 @@ def hint(options):
 
 
 def make_splits(options):
-    """{split: items}. Splits share no question; test and valid do not change with the number of training items."""
+    """Make {split: items}. Splits share no question. Test and valid do not depend on the number of training items."""
     splits, seen = {}, set()
     for split in ("test", "valid", "train"):
         rng = random.Random(f"prosqa {options.seed} {split}")
@@ -309,32 +230,24 @@ def make_splits(options):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="the same seed and options give the same bytes (default 0)")
     add("--train", type=int, default=17_886, help="number of training items (default 17886, as officially)")
     add("--valid", type=int, default=300, help="number of validation items (default 300)")
     add("--test", type=int, default=500, help="number of test items (default 500); 0 writes no file")
-    add("--nodes", type=int, default=28, help="nodes a graph grows to, before isolated ones go (default 28)")
-    add("--mean-parents", type=float, default=1.5, help="mean number of parents drawn for a node (default 1.5)")
-    add("--depth-weight", type=float, default=1.5, help="how much deep nodes are preferred as parents (default 1.5)")
+    add("--nodes", type=int, default=28, help="nodes of a graph before isolated ones are removed (default 28)")
+    add("--mean-parents", type=float, default=1.5, help="mean number of parents drawn per node (default 1.5)")
+    add("--depth-weight", type=float, default=1.5, help="preference for deep nodes as parents (default 1.5)")
     add("--min-hops", type=int, default=3, help="fewest steps of an answer (default 3)")
     add("--max-hops", type=int, default=6, help="most steps of an answer (default 6)")
-    add("--people", type=Path, metavar="FILE", help="names of the starting points, one a line (default: the official)")
-    add(
-        "--concepts",
-        type=Path,
-        metavar="FILE",
-        help="names of the others, one a line (default: the official, and "
-        "invented ones of their kind for more than 40 nodes)",
-    )
-    add(
-        "--symbolic",
-        action="store_true",
-        help="compact wording, a>b;a>c;d>e?a:b/e with answer b: a letter a node up to 52 nodes, else a number",
-    )
-    add("--out", type=Path, default=Path("data"), metavar="DIR", help="where to write (default data)")
-    add("--prefix", default="prosqa_generated", help="files are PREFIX_train.json and so on (default prosqa_generated)")
+    add("--people", type=Path, metavar="FILE", help="names of nodes without parents, one per line (default: official)")
+    concepts = "names of the other nodes, one per line (default: official, and invented ones for more than 40 nodes)"
+    add("--concepts", type=Path, metavar="FILE", help=concepts)
+    symbolic = "compact wording, a>b;a>c;d>e?a:b/e with answer b: one letter per node, numbers for more than 52 nodes"
+    add("--symbolic", action="store_true", help=symbolic)
+    add("--out", type=Path, default=Path("data"), metavar="DIR", help="folder to write to (default data)")
+    add("--prefix", default="prosqa_generated", help="files are PREFIX_train.json etc. (default prosqa_generated)")
     options = parser.parse_args(argv)
     options.given = dict(vars(options))
     add_names(options)
@@ -342,60 +255,64 @@ def parse_args(argv=None):
 
 
 def read_names(path, problems):
-    """The words of a file, one a line."""
+    """Read a file with one name per line. Problems are added to the list."""
     try:
         words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read as utf-8 text ({getattr(error, 'strerror', None) or error})")
+        problems.append(f"{path}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
         return []
     bad = [word for word in words if not re.fullmatch(r"[\w'-]+", word)]  # . ? , # would break facts and answers
     if bad:
-        problems.append(f"{path}: one word a line, of letters, digits, - and '; found {bad[0]!r}")
+        problems.append(f"{path}: expected one word per line, of letters, digits, - and '; found {bad[0]!r}")
     doubled = sorted({word for word in words if words.count(word) > 1})
     if doubled:
-        problems.append(f"{path}: {doubled[0]!r} occurs twice; two nodes could have one name")
+        problems.append(f"{path}: {doubled[0]!r} occurs twice; two nodes could get the same name")
     return words
 
 
 def add_names(options):
-    """Complete the options with the lists of names; refuse what cannot work, all of it in one message."""
+    """Add the lists of names to the options. Raises a DataError that lists all problems of the options."""
     problems = number_problems(options)
-    symbols = LETTERS if options.nodes <= len(LETTERS) else [str(i) for i in range(options.nodes)]
-    options.symbols = list(symbols[: options.nodes])
     if options.symbolic and (options.people or options.concepts):
-        problems.append("--symbolic has its own names: leave out --people and --concepts")
+        problems.append("--symbolic has its own names: remove --people and --concepts")
     own = bool(options.concepts)
     people = read_names(options.people, problems) if options.people else PEOPLE
     concepts = read_names(options.concepts, problems) if own else CONCEPTS + invented_concepts(options.nodes - 40)
     if not options.symbolic and not problems:
-        if len(people) < 2:
-            problems.append(f"--people: at least 2 names are needed, found {len(people)}")
-        if len(concepts) < options.nodes - 2:
-            problems.append(
-                f"{'--concepts' if own else '--nodes'}: {options.nodes} nodes may need {options.nodes - 2} "
-                f"concept names, there are {len(concepts)}"
-            )
-        if set(people) & set(concepts):
-            problems.append(f"--people and --concepts share {min(set(people) & set(concepts))!r}")
+        problems = name_problems(people, concepts, options.nodes, "--concepts" if own else "--nodes")
     if problems:
         raise DataError(f"these options cannot work:\n{listed(problems)}")
     options.people, options.concepts = people, concepts
+    symbols = LETTERS if options.nodes <= len(LETTERS) else map(str, range(options.nodes))
+    options.symbols = list(symbols)[: options.nodes]
+
+
+def name_problems(people, concepts, nodes, option):
+    """List the problems of the names; `option` is the one to change if there are too few concepts."""
+    needed, shared = nodes - 2, set(people) & set(concepts)
+    too_few = f"{option}: {nodes} nodes may need {needed} concept names, there are {len(concepts)}"
+    tests = [
+        (len(people) >= 2, f"--people: at least 2 names are needed, found {len(people)}"),
+        (len(concepts) >= needed, too_few),
+        (not shared, f"--people and --concepts share {min(shared, default=None)!r}"),
+    ]
+    return [message for holds, message in tests if not holds]
 
 
 def number_problems(options):
-    """The numbers among the options that no graph can satisfy, in words."""
+    """List the problems of the numbers and the prefix among the options."""
     sizes, least = (options.train, options.valid, options.test), options.min_hops + 3
     hops, parents, weight = f"{options.min_hops} and {options.max_hops}", options.mean_parents, options.depth_weight
     tests = [
         (min(sizes) >= 0 and max(sizes) > 0, "--train, --valid, --test: none below 0 and at least one above"),
         (1 <= options.min_hops <= options.max_hops, f"expected 1 <= --min-hops <= --max-hops, found {hops}"),
-        # both roots, the chain below one, a leaf below the other
+        # both roots, a chain of min_hops nodes below one, a leaf below the other
         (options.nodes >= least, f"--nodes {options.nodes}: {options.min_hops} hops need at least {least}"),
         (options.nodes <= 500, f"--nodes {options.nodes}: at most 500"),
         (0 < parents <= 20, f"--mean-parents {parents:g}: expected above 0, at most 20"),
         (0 <= weight <= 1000, f"--depth-weight {weight:g}: expected 0 to 1000"),
-        (re.fullmatch(r"[\w.-]+", options.prefix), f"--prefix {options.prefix!r}: a name without folders is needed"),
-        (options.prefix != "prosqa", "--prefix prosqa: the official files have that name; generated ones need another"),
+        (re.fullmatch(r"[\w.-]+", options.prefix), f"--prefix {options.prefix!r}: expected a name without folders"),
+        (options.prefix != "prosqa", "--prefix prosqa: the official files have that name; choose another"),
     ]
     return [message for holds, message in tests if not holds]
 
@@ -416,7 +333,7 @@ Made with:
 
 
 def as_command(given):
-    """Options as words of a command line that gives the same data again."""
+    """Format the options as a command line that generates the same data."""
     words = []
     for name, value in given.items():
         if value is not None and value is not False:
@@ -425,11 +342,12 @@ def as_command(given):
 
 
 def write_readme(options, paths):
-    """Say beside the data where they come from, and how to make them again."""
+    """Write PREFIX_README.md, which says how the data were made and how to make them again."""
     files = [f"| {path.name} | {count:,} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" for path, count in paths]
     text = README.format(prefix=options.prefix, command=as_command(options.given), files="\n".join(files))
     readme = options.out / f"{options.prefix}_README.md"
-    readme.write_text(text, encoding="utf-8")
+    with replacing(readme) as file:
+        file.write(text)
     return readme
 
 

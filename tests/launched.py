@@ -1,4 +1,4 @@
-"""Start a run in several processes, as mlx.launch does it: MLX_RANK and MLX_HOSTFILE, on free ports."""
+"""Start several ranks as mlx.launch does it: MLX_RANK and MLX_HOSTFILE, on free ports."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"COCONUT_STREAMS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = {"COCONUT_STREAMS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens at."""
+    """Ports on which nothing listens."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
         for one in sockets:
@@ -21,8 +21,8 @@ def free_ports(n: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-class Group:
-    """N processes of `python run.py ARGUMENTS`, or of another script; as a context it leaves none of them alive."""
+class Launch:
+    """Ranks 0 to n - 1 of `python run.py ARGUMENTS`, or of another script; leaving the context kills them."""
 
     def __init__(self, n: int, hostfile: Path, *arguments, script: Path = ROOT / "run.py"):
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
@@ -39,11 +39,11 @@ class Group:
         ]
 
     def wait(self, timeout: float = 100) -> list[tuple[int, str, str]]:
-        """Status, stdout and stderr of each, by rank."""
+        """Exit status, stdout and stderr of each rank."""
         outputs = [process.communicate(timeout=timeout) for process in self.processes]
         return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
 
-    def __enter__(self) -> "Group":
+    def __enter__(self) -> "Launch":
         return self
 
     def __exit__(self, *exception) -> None:

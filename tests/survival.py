@@ -24,7 +24,7 @@ TIMES = (
 )  # what two equal runs may differ in
 SETTINGS = {
     "every epoch anew": {"reset_optimizer": True},
-    "optimiser kept": {"reset_optimizer": False},
+    "optimizer kept": {"reset_optimizer": False},
     "anew at stages": {"reset_optimizer": "stage", "epochs_per_stage": 2},
     "accumulation": {"reset_optimizer": False, "gradient_accumulation_steps": 3},
     "mixed stages": {"reset_optimizer": True, "uniform_prob": 0.4, "gradient_accumulation_steps": 2},

@@ -1,4 +1,4 @@
-"""The shipped configurations load, start from GPT-2, and name only data and runs that a shipped command makes."""
+"""The shipped configurations load, start from GPT-2, and name only data and runs that shipped commands make."""
 
 import re
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_its_data_and_checkpoint_are_made_by_shipped_commands(path):
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_its_first_lines_say_how_to_run_it_and_what_to_expect(path):
+def test_its_first_lines_give_the_command_and_the_papers_result(path):
     head = path.read_text().split("\n\n")[0]
     assert f"python run.py args/{path.name}" in head
     assert "# First: bash preprocessing/" in head

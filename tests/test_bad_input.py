@@ -12,13 +12,14 @@ import zipfile
 import numpy as np
 import pytest
 
-import cpu_blas  # noqa: F401  before mlx
+from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from coconut import Coconut
 from config import Config
-from tokenizer import load_tokenizer
-from weights import find_source, load_model
+from text.tokenizer import load_tokenizer
+from models.loading import find_source, load_gpt2
 
 CASES = {}
 GOOD_ITEM = {"question": "What is 1 plus 2?", "steps": ["<<1+2=3>>"], "answer": "3"}
@@ -301,7 +302,7 @@ def tokenizer_of_the_model_folder_is_damaged(t):
 
 def make_tensors(t) -> dict:
     config = Config(save_path="", name="", val_path="", coconut=True, model_config_path=str(t.model))
-    model = load_model(find_source(config), config, load_tokenizer(str(t.words)))
+    model = Coconut(load_gpt2(find_source(config), config, load_tokenizer(str(t.words))))
     return dict(tree_flatten(model.parameters()))
 
 
@@ -431,7 +432,7 @@ def vocabulary_of_another_size(t):
     return evaluating(t, make_checkpoint(t, change))
 
 
-@case("{t}/model: has no rows for the three markers", "`<<`")
+@case("{t}/model: has no rows for the three special tokens", "`<<`")
 def markers_without_a_prototype(t):
     t.write("words.json", ["###"])
 

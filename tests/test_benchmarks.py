@@ -1,4 +1,4 @@
-"""benchmarks/: both commands print what they promise, and what they compare with computes the same."""
+"""benchmarks/: the commands print the documented fields, and the peer computes the same as this project."""
 
 import json
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cpu_blas  # noqa: F401  before mlx
+from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from coconut import Coconut
-from dataset import Sequence, collate
-from gpt2 import GPT2, GPT2Config
+from dataset import TrainingSequence, collate
+from models.gpt2 import GPT2, GPT2Config
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VOCABULARY = 60
@@ -24,7 +24,7 @@ NEEDS_TORCH = "torch and transformers are not installed: no peer to compare with
 
 
 def measured(script: str, *arguments: str) -> dict:
-    """The one line that a command prints."""
+    """Run a benchmark on a tiny model; returns its one JSON line."""
     command = [sys.executable, str(BENCHMARKS / script), *TINY, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_generate_prints_its_fields():
     assert (result["examples"], result["prompt_tokens"], result["latents"]) == (3, 9 + 6 + 2, 0)
 
 
-def test_data_parallel_computes_the_same_and_says_what_it_spends_on_communication():
+def test_data_parallel_computes_the_same_and_reports_the_time_of_communication():
     result = measured("data_parallel.py")
     one, two = result["one_process"], result["two_processes"]
     assert two["seconds"] > two["sum_seconds"] > 0 == one["sum_share"]
@@ -93,34 +93,34 @@ def models(peer):
     return ours, theirs
 
 
-def make_rows(n_labelled: int) -> list[Sequence]:
+def make_rows(n_labeled: int) -> list[TrainingSequence]:
     """Rows with 3, 1 and no latents, of several lengths."""
     rng = np.random.default_rng(0)
     shapes = ((9, 3), (5, 1), (12, 0))
-    total = [question + 2 + n_latents + n_labelled for question, n_latents in shapes]
+    total = [question + 2 + n_latents + n_labeled for question, n_latents in shapes]
     ids = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in total]
     return [
-        Sequence(ids[i], question + 1, n_latents, question + 2 + n_latents)
+        TrainingSequence(ids[i], question + 1, n_latents, question + 2 + n_latents)
         for i, (question, n_latents) in enumerate(shapes)
     ]
 
 
 def test_the_peer_has_our_loss(peer, models):
     ours, theirs = models
-    rows = make_rows(n_labelled=4)
+    rows = make_rows(n_labeled=4)
     expected = peer.loss(theirs, peer.collate(rows, pad_id=0)).item()
     assert ours(collate(rows, pad_id=0).to_mlx()).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_peer_decodes_our_tokens(peer, models):
     ours, theirs = models
-    rows = make_rows(n_labelled=0)
+    rows = make_rows(n_labeled=0)
     expected = [peer.generate(theirs, row, 6, eos_id=7) for row in rows]
     assert ours.generate(collate(rows, pad_id=0).to_mlx(), 6, eos_id=7) == expected
     assert any(expected)
 
 
-def test_the_peer_is_measured_beside_us(peer):
+def test_the_peer_is_measured(peer):
     for script in ("train_step.py", "generate.py"):
         result = measured(script, "--peer", "--latents", "1")
         assert {"peer_seconds", "peer_peak_rss_gb", "ratio_to_peer", "ratio_to_peer_of_pairs"} <= result.keys()

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-import token_cache
-from config import METHODS, Config
-from dataset import Data, collate, prompt_sequence, training_sequence
-from examples import Example, Source
-from processes import Processes
-from token_data import tokenise
-from tokenizer import Tokenizer
+from text import tokens as tokens_module
+from config import Config
+from dataset import Curriculum, Data, collate
+from methods import METHODS
+from text.reader import Example, Source
+from parallel.distributed import Group
+from text.tokens import tokenize
+from text.tokenizer import Tokenizer
 from utils import UserError
 
 PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=150)
@@ -37,7 +38,7 @@ def make_config(method: str = "coconut", **keys) -> Config:
 @st.composite
 def configs(draw) -> Config:
     return make_config(
-        draw(st.sampled_from(METHODS)),
+        draw(st.sampled_from(list(METHODS))),
         c_thought=draw(st.integers(0, 3)),
         max_latent_stage=draw(st.integers(0, 4)),
         pad_latent_to_max=draw(st.booleans()),
@@ -47,11 +48,11 @@ def configs(draw) -> Config:
 
 
 def tokens_of(given_examples: list[Example]):
-    return tokenise(given_examples, TOKENIZER, "test")
+    return tokenize(given_examples, TOKENIZER, "test")
 
 
 def texts_of(example: Example) -> list[str]:
-    """What the official get_dataset tokenises, piece by piece."""
+    """What the official get_dataset tokenizes, piece by piece."""
     return [example.question + "\n", *(step + "\n" for step in example.steps), "### " + example.answer]
 
 
@@ -67,7 +68,7 @@ def test_tokens_are_the_texts(given_examples):
         pieces = [found.question, *found.steps, found.answer[:-1]]
         assert [TOKENIZER.decode(piece.tolist()) for piece in pieces] == texts_of(example)
         assert found.answer[-1] == TOKENIZER.eos_id
-        assert max(map(max, pieces)) < TOKENIZER.n_words  # no marker comes out of a text
+        assert max(map(max, pieces)) < TOKENIZER.eos_id  # no marker comes out of a text
 
 
 @PROPERTY
@@ -88,12 +89,18 @@ def test_lengths_and_selection_agree_with_the_pieces(given_examples, n_dropped, 
 def test_tokenising_in_chunks_changes_nothing(monkeypatch):
     given_examples = [Example(f"What is {i}?", ["a"] * (i % 4), str(i)) for i in range(11)]
     whole = tokens_of(given_examples)
-    monkeypatch.setattr("token_data.CHUNK", 3)
+    monkeypatch.setattr("text.tokens.CHUNK", 3)
     for name, array in vars(tokens_of(given_examples)).items():
         assert np.array_equal(array, getattr(whole, name))
 
 
 # Curriculum
+
+
+def prompt_at(tokens, stage: int, config: Config):
+    """The prompt of an evaluation at a stage."""
+    curriculum = Curriculum(config, TOKENIZER)
+    return curriculum.prompt(tokens, curriculum.n_prompt_latents(stage, len(tokens.steps)))
 
 
 def split_at_thoughts(sequence, config: Config):
@@ -126,13 +133,13 @@ def expected_training(stage: int, n_steps: int, config: Config) -> tuple[int, in
 def test_a_training_sequence_keeps_its_tokens_and_labels_the_rest(example, config, stage):
     tokens = tokens_of([example])[0]
     dropped, n_latents = expected_training(stage, len(example.steps), config)
-    sequence = training_sequence(tokens, stage, config, TOKENIZER)
+    sequence = Curriculum(config, TOKENIZER).training(tokens, stage)
     before, thoughts, behind = split_at_thoughts(sequence, config)
     assert before == tokens.question.tolist()
     assert thoughts == expected_thoughts(n_latents, config)
     assert behind == np.concatenate([*tokens.steps[dropped:], tokens.answer]).tolist()
     assert sequence.n_latents == n_latents
-    assert sequence.n_unlabelled == len(before) + len(thoughts)
+    assert sequence.n_unlabeled == len(before) + len(thoughts)
     assert sequence.ids.dtype == np.int32
 
 
@@ -143,7 +150,7 @@ def test_a_prompt_is_the_question_and_its_thoughts(example, config, stage):
     most = config.max_latent_stage
     most = most if config.pad_latent_to_max else min(most, len(example.steps))
     n_latents = min(stage, most) * (config.c_thought if config.coconut else 0)
-    sequence = prompt_sequence(tokens, stage, config, TOKENIZER)
+    sequence = prompt_at(tokens, stage, config)
     assert split_at_thoughts(sequence, config) == (tokens.question.tolist(), expected_thoughts(n_latents, config), [])
     assert sequence.n_latents == n_latents
 
@@ -152,12 +159,12 @@ def test_a_prompt_is_the_question_and_its_thoughts(example, config, stage):
 @given(many_examples, configs())
 def test_longest_is_the_longest_sequence_of_the_run(given_examples, config):
     data = tokens_of(given_examples)
-    for index, found in enumerate(dataset.longest(data, config)):
-        stages = {config.stage(epoch) for epoch in range(config.num_epochs)}
+    for index, found in enumerate(Curriculum(config, TOKENIZER).longest(data)):
+        stages = {Curriculum(config, TOKENIZER).stage(epoch) for epoch in range(config.num_epochs)}
         if config.uniform_prob:
             stages |= set(range(len(data[index].steps) + 1))
-        trained = [len(training_sequence(data[index], stage, config, TOKENIZER).ids) for stage in stages]
-        prompts = [len(prompt_sequence(data[index], stage, config, TOKENIZER).ids) for stage in stages]
+        trained = [len(Curriculum(config, TOKENIZER).training(data[index], stage).ids) for stage in stages]
+        prompts = [len(prompt_at(data[index], stage, config).ids) for stage in stages]
         assert found == max(trained) > max(prompts)
 
 
@@ -165,13 +172,13 @@ def test_an_evaluation_looks_at_its_own_stage_alone():
     data = tokens_of([Example("q", ["x" * 40, "y" * 40, "zz"], "a")])
     config = make_config(c_thought=5, max_latent_stage=9, num_epochs=9, only_eval=True, resume=2)
     expected = [*"q\n", "start", *["latent"] * 10, "end", *"zz\n", "###", *" a", "end of text"]
-    assert dataset.longest(data, config).tolist() == [len(expected)]
+    assert Curriculum(config, TOKENIZER).longest(data).tolist() == [len(expected)]
 
 
 def test_a_drawn_stage_takes_no_more_thoughts_than_the_item_has_steps():
     data = tokens_of([Example("q", [], "a"), Example("q", ["", "", ""], "a")])
     config = make_config(c_thought=5, max_latent_stage=9, uniform_prob=0.5, num_epochs=1)
-    shortest, longest = dataset.longest(data, config).tolist()
+    shortest, longest = Curriculum(config, TOKENIZER).longest(data).tolist()
     assert longest - shortest == 3 * 5
 
 
@@ -179,11 +186,11 @@ def test_a_drawn_stage_takes_no_more_thoughts_than_the_item_has_steps():
 def test_uniform_prob_draws_stages_up_to_the_number_of_steps(probability, expected):
     n_steps = np.array([3] * 200 + [0] * 5)
     config = make_config(uniform_prob=probability)
-    stages = dataset.item_stages(n_steps, 2, config)
+    stages = Curriculum(config, TOKENIZER).item_stages(n_steps, 2)
     assert set(stages[:200]) == expected
     assert set(stages[200:]) == ({0} if probability else {2})
-    assert np.array_equal(stages, dataset.item_stages(n_steps, 2, config))
-    assert not probability or not np.array_equal(stages, dataset.item_stages(n_steps, 1, config))
+    assert np.array_equal(stages, Curriculum(config, TOKENIZER).item_stages(n_steps, 2))
+    assert not probability or not np.array_equal(stages, Curriculum(config, TOKENIZER).item_stages(n_steps, 1))
 
 
 # Batches
@@ -201,10 +208,10 @@ def sequences(draw):
             draw(st.sampled_from([0, 0, 1, 2, 5])),
             draw(st.booleans()),
         )
-        n_unlabelled = n_question + n_latents + 2 * (markers or n_latents > 0)
-        length = n_unlabelled + draw(st.integers(0, 9))
+        n_unlabeled = n_question + n_latents + 2 * (markers or n_latents > 0)
+        length = n_unlabeled + draw(st.integers(0, 9))
         ids = np.arange(count, count + length, dtype=np.int32)
-        rows.append(dataset.Sequence(ids, n_question + 1, n_latents, n_unlabelled))
+        rows.append(dataset.TrainingSequence(ids, n_question + 1, n_latents, n_unlabeled))
         count += length
     return rows
 
@@ -213,16 +220,16 @@ def sequences(draw):
 @given(sequences(), st.sampled_from([1, 8, 32]))
 def test_a_batch_holds_every_row_once_with_positions_from_0(rows, multiple):
     batch = collate(rows, PAD, multiple)
-    assert batch.ids.shape == batch.positions.shape == batch.real.shape
-    assert batch.ids.shape[0] == len(rows)
-    assert batch.ids.shape[1] % multiple == 0
-    assert (batch.ids[~batch.real] == PAD).all()
+    assert batch.input_ids.shape == batch.attention_mask.shape
+    assert batch.input_ids.shape[0] == len(rows)
+    assert batch.input_ids.shape[1] % multiple == 0
+    assert (batch.input_ids[~batch.attention_mask] == PAD).all()
     for row, sequence in enumerate(rows):
-        columns = np.flatnonzero(batch.real[row])
-        assert np.array_equal(batch.ids[row, columns], sequence.ids)
+        columns = np.flatnonzero(batch.attention_mask[row])
+        assert np.array_equal(batch.input_ids[row, columns], sequence.ids)
         assert np.array_equal(np.diff(columns), np.ones(len(columns) - 1))  # in one piece
-        assert np.array_equal(batch.positions[row, columns], np.arange(len(sequence.ids)))
-        assert batch.last[row] == columns[-1]
+        assert np.array_equal(columns - batch.left_padding[row], np.arange(len(sequence.ids)))  # positions
+        assert batch.last_column[row] == columns[-1]
 
 
 @PROPERTY
@@ -230,41 +237,48 @@ def test_a_batch_holds_every_row_once_with_positions_from_0(rows, multiple):
 def test_first_latents_stand_in_one_column(rows, multiple):
     batch = collate(rows, PAD, multiple)
     most = max(s.n_latents for s in rows)
-    assert batch.latents.shape == (len(rows), most)
-    assert batch.latents.sum(axis=1).tolist() == [s.n_latents for s in rows]
+    assert batch.latent_mask.shape == (len(rows), most)
+    assert batch.latent_mask.sum(axis=1).tolist() == [s.n_latents for s in rows]
     for row, sequence in enumerate(rows):
-        first = np.flatnonzero(batch.real[row])[0]
+        first = np.flatnonzero(batch.attention_mask[row])[0]
         if sequence.n_latents:
             assert first + sequence.latent_start == batch.first_latent
-            assert batch.latents[row, : sequence.n_latents].all()
+            assert batch.latent_mask[row, : sequence.n_latents].all()
         else:
             assert first == 0  # rows without latents are not padded on the left
-    assert batch.first_latent == batch.ids.shape[1] if not most else batch.first_latent % multiple == 0
+    assert batch.first_latent == batch.input_ids.shape[1] if not most else batch.first_latent % multiple == 0
 
 
 @PROPERTY
 @given(sequences())
 def test_labels_are_the_tokens_behind_the_thoughts_predicted_one_before(rows):
     batch = collate(rows, PAD)
-    expected = np.concatenate([s.ids[s.n_unlabelled :] for s in rows])
+    expected = np.concatenate([s.ids[s.n_unlabeled :] for s in rows])
     count = len(expected)
-    assert np.array_equal(batch.targets[:count], expected)
-    assert np.array_equal(batch.ids.ravel()[batch.predict[:count] + 1], expected)
-    assert batch.real.ravel()[batch.predict[:count]].all()  # from a token of its own, never from padding
-    assert batch.weights.tolist() == [1.0] * count + [0.0] * (len(batch.weights) - count)
-    assert len(batch.predict) == len(batch.targets) == len(batch.weights)
-    assert len(batch.weights) % dataset.LABELS_MULTIPLE == 0
-    assert batch.predict.min(initial=0) >= 0
-    assert batch.predict.max(initial=0) < batch.ids.size
+    assert np.array_equal(batch.labels[:count], expected)
+    assert np.array_equal(batch.input_ids.ravel()[batch.label_positions[:count] + 1], expected)
+    assert batch.attention_mask.ravel()[
+        batch.label_positions[:count]
+    ].all()  # from a token of its own, never from padding
+    assert batch.label_mask.tolist() == [1.0] * count + [0.0] * (len(batch.label_mask) - count)
+    assert len(batch.label_positions) == len(batch.labels) == len(batch.label_mask)
+    assert len(batch.label_mask) % dataset.LABELS_MULTIPLE == 0
+    assert batch.label_positions.min(initial=0) >= 0
+    assert batch.label_positions.max(initial=0) < batch.input_ids.size
 
 
 def small_set(n: int = 11):
     return tokens_of([Example(f"What is {i}?" + " is" * (i * 7 % 5), ["a"] * (i % 4), str(i)) for i in range(n)])
 
 
+def all_batches(micro_batches) -> list:
+    """The batches of all chunks."""
+    return [chunk.batch for chunk in chain(*micro_batches)]
+
+
 def questions(batches) -> list[str]:
     """Every row of some batches as text up to its question mark."""
-    rows = [row for batch in batches for row in zip(batch.ids, batch.real, strict=True)]
+    rows = [row for batch in batches for row in zip(batch.input_ids, batch.attention_mask, strict=True)]
     return [TOKENIZER.decode(ids[real].tolist()).split("?")[0] for ids, real in rows]
 
 
@@ -273,80 +287,92 @@ CURRICULUM = {"c_thought": 2, "max_latent_stage": 2, "batch_size_training": 4, "
 
 def test_an_epoch_shows_every_item_once_in_a_new_order():
     data, config = small_set(), make_config(**CURRICULUM)
-    epochs = [questions(chain(*dataset.training_batches(data, config, TOKENIZER, epoch))) for epoch in (0, 0, 1)]
+    epochs = [
+        questions(all_batches(dataset.training_batches(data, Curriculum(config, TOKENIZER), epoch)))
+        for epoch in (0, 0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[2]) == sorted(f"What is {i}" for i in range(11))
     assert epochs[0] == epochs[1] != epochs[2]
-    other = dataset.training_batches(data, make_config(**CURRICULUM, seed=1), TOKENIZER, 0)
-    assert epochs[0] != questions(chain(*other))
+    other = dataset.training_batches(data, Curriculum(make_config(**CURRICULUM, seed=1), TOKENIZER), 0)
+    assert epochs[0] != questions(all_batches(other))
 
 
 @pytest.mark.parametrize("skip", range(5))
 def test_a_resumed_epoch_goes_on_where_it_stopped(skip):
     data, config = small_set(), make_config(**CURRICULUM, uniform_prob=0.5)
-    whole = list(dataset.training_batches(data, config, TOKENIZER, 1, n_parts=2))
-    rest = list(dataset.training_batches(data, config, TOKENIZER, 1, skip, n_parts=2))
+    whole = list(dataset.training_batches(data, Curriculum(config, TOKENIZER), 1))
+    rest = list(dataset.training_batches(data, Curriculum(config, TOKENIZER), 1, skip=skip))
     assert dataset.count_batches(len(data), config) == len(whole) == 3
     assert len(rest) == max(0, 3 - skip)
     for one, other in zip(chain(*whole[skip:]), chain(*rest), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+        assert one.loss_weight == other.loss_weight
+        assert all(np.array_equal(a, b) for a, b in zip(one.batch, other.batch, strict=True))
 
 
 @pytest.mark.parametrize(
     "lengths, parts",
     [([5, 9, 5, 9], [[5, 5], [9, 9]]), ([7], [[7]]), ([3, 3, 3], [[3], [3, 3]]), ([4, 30, 4, 4], [[4, 4, 4], [30]])],
 )
-def test_a_micro_batch_in_parts_of_like_length(lengths, parts):
-    """Every row once, with its share of the labelled tokens; n_unlabelled is 2, so a row of 5 has 3 of them."""
-    rows = [dataset.Sequence(np.arange(n), 1, 0, 2) for n in lengths]
-    batches = dataset.in_parts(rows, 2, PAD)
-    assert [batch.real.sum(axis=1).tolist() for batch in batches] == parts
+def test_a_micro_batch_in_chunks_of_like_length(lengths, parts):
+    """Every row once, weighted by its labeled tokens; n_unlabeled is 2, so a row of 5 has 3 of them."""
+    rows = [dataset.TrainingSequence(np.arange(n), 1, 0, 2) for n in lengths]
+    chunks = dataset.chunks(rows, 2, PAD)
+    assert [chunk.batch.attention_mask.sum(axis=1).tolist() for chunk in chunks] == parts
     counts = [sum(n - 2 for n in part) for part in parts]
-    assert [batch.share for batch in batches] == pytest.approx([n / sum(counts) for n in counts])
-    [whole] = dataset.in_parts(rows, 1, PAD)
-    assert whole.real.sum(axis=1).tolist() == sorted(lengths) and whole.share == 1
+    assert [chunk.loss_weight for chunk in chunks] == pytest.approx([n / sum(counts) for n in counts])
+    [whole] = dataset.chunks(rows, 1, PAD)
+    assert whole.batch.attention_mask.sum(axis=1).tolist() == sorted(lengths) and whole.loss_weight == 1
 
 
-def test_six_parts_of_four_rows_are_four():
-    rows = [dataset.Sequence(np.arange(n), 1, 0, 2) for n in (3, 4, 5, 6)]
-    assert sum(len(batch.ids) for batch in dataset.in_parts(rows, 6, PAD)) == 4
+def test_six_chunks_of_four_rows_are_four():
+    rows = [dataset.TrainingSequence(np.arange(n), 1, 0, 2) for n in (3, 4, 5, 6)]
+    assert sum(len(chunk.batch.input_ids) for chunk in dataset.chunks(rows, 6, PAD)) == 4
 
 
 def test_validation_loss_goes_through_the_file_in_order():
-    found = questions(dataset.loss_batches(small_set(), make_config(**CURRICULUM), TOKENIZER, 2))
+    found = questions(dataset.loss_batches(small_set(), Curriculum(make_config(**CURRICULUM), TOKENIZER), 2))
     assert found == [f"What is {i}" for i in range(11)]
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_several_processes_share_out_the_validation_set(n):
-    """The batches of one process, each in one of them: nothing is counted twice."""
-    data, config, processes = small_set(), make_config(**CURRICULUM), [Processes() for _ in range(n)]
-    for rank, process in enumerate(processes):
-        process.rank, process.size = rank, n
-    alone = [questions([batch]) for batch in dataset.loss_batches(data, config, TOKENIZER, 2)]
-    shared = [questions([batch]) for p in processes for batch in dataset.loss_batches(data, config, TOKENIZER, 2, p)]
+def test_several_ranks_split_the_validation_set(n):
+    """The batches of a single process, each on one of the ranks: nothing is counted twice."""
+    data, config, groups = small_set(), make_config(**CURRICULUM), [Group() for _ in range(n)]
+    for rank, group in enumerate(groups):
+        group.rank, group.world_size = rank, n
+    alone = [questions([batch]) for batch in dataset.loss_batches(data, Curriculum(config, TOKENIZER), 2)]
+    shared = [
+        questions([batch])
+        for group in groups
+        for batch in dataset.loss_batches(data, Curriculum(config, TOKENIZER), 2, group)
+    ]
     assert sorted(shared) == sorted(alone)
-    alone = [chosen for chosen, _ in dataset.prompt_batches(data, config, TOKENIZER, 1)]
-    shared = [chosen for p in processes for chosen, _ in dataset.prompt_batches(data, config, TOKENIZER, 1, p)]
+    alone = [chosen for chosen, _ in dataset.prompt_batches(data, Curriculum(config, TOKENIZER), 1)]
+    shared = [
+        chosen
+        for group in groups
+        for chosen, _ in dataset.prompt_batches(data, Curriculum(config, TOKENIZER), 1, group)
+    ]
     assert sorted(shared) == sorted(alone)
 
 
 def test_prompts_come_with_their_indices_by_length():
     data = small_set()
-    batches = list(dataset.prompt_batches(data, make_config(**CURRICULUM), TOKENIZER, 1))
+    batches = list(dataset.prompt_batches(data, Curriculum(make_config(**CURRICULUM), TOKENIZER), 1))
     indices = [index for chosen, _ in batches for index in chosen]
     assert sorted(indices) == list(range(11))
     assert questions(batch for _, batch in batches) == [f"What is {i}" for i in indices]
     lengths = [len(data[i].question) for i in indices]
     assert lengths == sorted(lengths)
-    assert all(len(chosen) <= 3 and not batch.weights.any() for chosen, batch in batches)
+    assert all(len(chosen) <= 3 and not batch.label_mask.any() for chosen, batch in batches)
 
 
 def test_a_described_batch_shows_ids_and_labels():
     data = tokens_of([Example("What", ["a"], "1")])
-    [[batch]] = dataset.training_batches(data, make_config(**CURRICULUM), TOKENIZER, 1)
+    [[(batch, _)]] = dataset.training_batches(data, Curriculum(make_config(**CURRICULUM), TOKENIZER), 1)
     lines = dataset.describe_batch([batch], TOKENIZER).splitlines()
     assert lines[-1] == "=" * 40
-    real = [line for line, kept in zip(lines, batch.real[0], strict=False) if kept]
+    real = [line for line, kept in zip(lines, batch.attention_mask[0], strict=False) if kept]
     what, newline, hashes = (TOKENIZER.encode(text)[0] for text in ("What", "\n", "###"))
     assert real[:2] == [f"{what} -100 'What'", f"{newline} -100 '\\n'"]
     assert real[2] == f"{TOKENIZER.start_id} -100 '<|start-latent|>'"
@@ -354,7 +380,7 @@ def test_a_described_batch_shows_ids_and_labels():
     assert real[5] == f"{TOKENIZER.end_id} -100 '<|end-latent|>'"
     assert real[6] == f"{hashes} {hashes} '###'"
     assert real[-1] == f"{TOKENIZER.eos_id} {TOKENIZER.eos_id} '<|endoftext|>'"
-    padding = [line for line, kept in zip(lines, batch.real[0], strict=False) if not kept]
+    padding = [line for line, kept in zip(lines, batch.attention_mask[0], strict=False) if not kept]
     assert set(padding) <= {f"{TOKENIZER.eos_id} -100 '<|endoftext|>'"}
 
 
@@ -368,12 +394,12 @@ def item(question: str = "What?", steps=("a", "b"), answer: str = "1") -> dict:
 @pytest.fixture
 def open_data(tmp_path, monkeypatch):
     """Write items and open them as run.py does: open_data(items, name=..., keep_texts=..., **config keys) -> Data."""
-    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(tokens_module, "MIN_CACHED_BYTES", 0)
 
     def call(items, name="data.json", n_positions=100, keep_texts=True, tokenizer=TOKENIZER, **keys) -> Data:
         (tmp_path / name).write_text(json.dumps(items))
         config = make_config(**{"token_cache": str(tmp_path / "cache"), **keys})
-        return Data(str(tmp_path / name), config, tokenizer, n_positions, 2, keep_texts)
+        return Data(str(tmp_path / name), Curriculum(config, tokenizer), n_positions, 2, keep_texts)
 
     return call
 
@@ -435,7 +461,8 @@ def test_items_too_long_for_the_model_are_listed(open_data):
 
 
 def test_the_limit_counts_every_position(open_data):
-    length = dataset.longest(tokens_of([Example("What?", ["a", "b"], "1")]), make_config()).item()
+    data = tokens_of([Example("What?", ["a", "b"], "1")])
+    length = Curriculum(make_config(), TOKENIZER).longest(data).item()
     assert len(open_data([item()], n_positions=length)) == 1
     with pytest.raises(UserError, match=rf"item 0 \({length} tokens\)"):
         open_data([item()], n_positions=length - 1)

@@ -1,4 +1,4 @@
-"""The demo's task, table and pictures."""
+"""The demo: its data, table, pictures and messages."""
 
 import json
 import re
@@ -9,20 +9,17 @@ from pathlib import Path
 
 import pytest
 
-import demo
 from config import load_config
-from plot import main as plot_main
-from plot import make_figure, read_curves
+from scripts import demo, demo_seeds, plot
+from training.curves import make_figure, read_curves
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-import demo_seeds  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
-    """A small set of chains, as the script writes it."""
+    """Two folders with the same small set of chains."""
     folder = tmp_path_factory.mktemp("chains")
     command = [sys.executable, ROOT / "preprocessing" / "chains.py", "--train", "300", "--valid", "50", "--out", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -32,8 +29,8 @@ def chains(tmp_path_factory):
     return folder, again
 
 
-def worked_off(question):
-    """The values on the way, from left to right modulo 10, by other means than the generator's."""
+def computed_steps(question):
+    """The intermediate values from left to right modulo 10, computed differently than in the generator."""
     first, *rest = re.findall(r"[+*-] \d|\d", question)
     values = [int(first)]
     for operation in rest:
@@ -47,7 +44,7 @@ def test_steps_and_answers_are_right_and_no_question_appears_twice(chains):
     assert len(items) == 350
     assert len({item["question"] for item in items}) == 350
     for item in items:
-        assert item["steps"] == worked_off(item["question"])
+        assert item["steps"] == computed_steps(item["question"])
         assert item["answer"] == item["steps"][-1]
 
 
@@ -78,8 +75,13 @@ def finished_run(folder, accuracies, first_epoch=1):
         for step in range(4):
             index = (epoch - 1) * 4 + step
             lines.append({"train/epoch": epoch, "train/step": index, "train/loss": 2 / (index + 1), "stage": stage})
-        judged = {"eval/loss": 1 / epoch, "eval/acc": accuracy, "eval/n_tokens": 7.0, "eval/seconds_per_example": 0.01}
-        lines.append(judged | {"train/seconds": 5.0, "acc_interval": [0.1, 0.9], "epoch": epoch, "stage": stage})
+        evaluation = {
+            "eval/loss": 1 / epoch,
+            "eval/acc": accuracy,
+            "eval/n_tokens": 7.0,
+            "eval/seconds_per_example": 0.01,
+        }
+        lines.append(evaluation | {"train/seconds": 5.0, "acc_interval": [0.1, 0.9], "epoch": epoch, "stage": stage})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
@@ -92,7 +94,7 @@ def test_the_table_holds_the_last_evaluation_and_the_whole_training_time(tmp_pat
     assert len({len(line) for line in lines}) == 1
 
 
-def test_a_finished_run_is_not_trained_again_and_another_ones_is_refused(tmp_path):
+def test_a_finished_run_is_not_repeated_and_one_with_other_settings_is_rejected(tmp_path):
     keys = [f"save_path={tmp_path}", "name=a", "num_epochs=3", "resume=0"]
     config = load_config(str(ROOT / "args" / "demo_coconut.yaml"), keys)
     assert not demo.is_finished(config)
@@ -103,7 +105,7 @@ def test_a_finished_run_is_not_trained_again_and_another_ones_is_refused(tmp_pat
         demo.is_finished(load_config(str(ROOT / "args" / "demo_coconut.yaml"), [*keys, "seed=9"]))
 
 
-def test_the_picture_shows_every_runs_values_with_labelled_axes_and_stages(tmp_path):
+def test_the_picture_shows_every_runs_values_with_labeled_axes_and_stages(tmp_path):
     runs = [
         read_curves(finished_run(tmp_path / name, values))
         for name, values in (("a", [0.1, 0.2, 0.3]), ("b", [0.4, 0.5, 1]))
@@ -115,7 +117,7 @@ def test_the_picture_shows_every_runs_values_with_labelled_axes_and_stages(tmp_p
     assert (above.get_ylabel(), below.get_xlabel(), below.get_ylabel()) == (
         "accuracy",
         "epoch",
-        "loss per labelled token",
+        "loss per labeled token",
     )
     assert [text.get_text() for text in above.texts] == ["stage 0", "stage 1"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
@@ -123,24 +125,24 @@ def test_the_picture_shows_every_runs_values_with_labelled_axes_and_stages(tmp_p
 
 def test_plot_writes_a_picture_or_one_message(tmp_path, capsys):
     run = finished_run(tmp_path / "a", [0.1, 0.2, 0.3])
-    assert plot_main([str(run)]) == 0
+    assert plot.main([str(run)]) == 0
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert plot_main([str(run), str(run), "-o", str(tmp_path / "two.svg")]) == 0
-    assert plot_main([str(tmp_path / "nothing")]) == 2
-    assert plot_main([str(run), "-o", "picture.gif"]) == 2
+    assert plot.main([str(run), str(run), "-o", str(tmp_path / "two.svg")]) == 0
+    assert plot.main([str(tmp_path / "nothing")]) == 2
+    assert plot.main([str(run), "-o", "picture.gif"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_the_demo_says_first_what_comes_and_last_how_to_go_on(tmp_path, capsys, monkeypatch):
-    """Without training: its runs are there already but for one, which is stopped."""
+def test_the_demo_prints_a_summary_first_and_next_steps_last(tmp_path, capsys, monkeypatch):
+    """Without training: all runs exist but one, which is stopped."""
     monkeypatch.setattr(demo.chains, "main", lambda words: None)
-    monkeypatch.setattr(demo.trainer, "main", lambda words: 130)
-    monkeypatch.setattr(demo, "is_finished", lambda config: config.method != "coconut")
+    monkeypatch.setattr(demo.run, "main", lambda words: 130)
+    monkeypatch.setattr(demo, "is_finished", lambda config: config.method.name != "coconut")
     assert demo.main(["--out", str(tmp_path), "--methods", "cot", "coconut", "coconut"]) == 130
     printed = capsys.readouterr()
     for words in ("chance: 0.1", "CoT, Coconut, one", "3 to 7 minutes", "1 trained already", f"{tmp_path}/seed_0"):
         assert words in printed.out, words
-    assert "goes on from here" in printed.err
+    assert "resumes from here" in printed.err
     monkeypatch.setattr(demo, "is_finished", lambda config: True)
     (tmp_path / "seed_0").mkdir()
     finished_run(tmp_path / "seed_0" / "cot", [0.2, 0.5])
@@ -152,7 +154,7 @@ def test_the_demo_says_first_what_comes_and_last_how_to_go_on(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["--out", __file__], ["--out", f"{__file__}/below"]])
-def test_wrong_arguments_of_the_demo_are_one_line_before_anything_is_done(words, capsys):
+def test_wrong_arguments_of_the_demo_are_one_line_and_nothing_is_done(words, capsys):
     assert demo.main(words) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -160,7 +162,7 @@ def test_wrong_arguments_of_the_demo_are_one_line_before_anything_is_done(words,
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
-def test_make_refuses_a_python_that_is_too_old(tmp_path):
+def test_make_rejects_a_python_that_is_too_old(tmp_path):
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     old = tmp_path / "python3"
@@ -172,8 +174,8 @@ def test_make_refuses_a_python_that_is_too_old(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_seeds_are_summed_up_and_judged(tmp_path):
-    """benchmarks/demo_seeds.py: the last accuracy, all training time; the verdict at its limits."""
+def test_the_summary_over_seeds(tmp_path):
+    """The last accuracy, the total training time, and the verdict at its limits."""
     runs = {"a": [0.9, 1.0], "b": [0.1, 0.5], "c": [0.97, 0.96], "d": [0.0, 0.46], "e": [0.95], "f": [0.3]}
     for name, accuracies in runs.items():
         finished_run(tmp_path / name, accuracies)

@@ -1,4 +1,4 @@
-"""`python describe.py FILE`: what it says of a small set, and what it does with a bad one."""
+"""`python -m scripts.describe_data FILE`: its report on a small data set, and its error for a bad one."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import describe
+from scripts import describe_data
 
 ROOT = Path(__file__).parents[1]
 ITEMS = [
@@ -21,7 +21,7 @@ ITEMS = [
 
 @pytest.fixture
 def vocabulary(tmp_path) -> str:
-    """One token for each byte, so that lengths can be counted by hand."""
+    """A vocabulary with one token per byte, so that lengths can be counted by hand."""
     (tmp_path / "bytes.json").write_text("[]")
     return str(tmp_path / "bytes.json")
 
@@ -34,10 +34,10 @@ def data(tmp_path) -> str:
 
 @pytest.fixture
 def report(data, vocabulary, capsys):
-    """The lines printed for ITEMS: report(*options) -> list of lines, spaces squeezed."""
+    """The lines printed for ITEMS: report(*options) -> list of lines with single spaces."""
 
     def call(*options: str, path: str = data) -> list[str]:
-        assert describe.main([path, "--tokenizer", vocabulary, *options]) == 0
+        assert describe_data.main([path, "--tokenizer", vocabulary, *options]) == 0
         return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
     return call
@@ -55,7 +55,7 @@ def test_counts_and_steps(report, data, vocabulary):
 
 
 def test_lengths(report):
-    """question + newline; steps + newlines; `### ` + answer + end of text; two markers."""
+    """question + newline; steps + newlines; `### ` + answer + end of text; two special tokens."""
     lines = report()
     start = lines.index("tokens mean median 95 % longest")
     longest = [line.split()[-1] for line in lines[start + 1 : start + 5]]
@@ -65,7 +65,7 @@ def test_lengths(report):
     assert lines[lines.index("longest items") + 1] == f"item 4: 103 tokens: {'W' * 30!r}"
 
 
-def test_the_models_positions(report):
+def test_items_are_compared_with_the_models_positions(report):
     assert "model's positions: 1,024: every item fits" in report()
     assert "model's positions: 103: every item fits" in report("--n-positions", "103")
     assert "model's positions: 102: 1 of 5 items are longer, see drop_too_long" in report("--n-positions", "102")
@@ -88,9 +88,9 @@ def test_answers_that_do_not_fit(report, data):
     assert counts(path=str(gsm)) == ("64,", "0", "1")  # run.py's rule
 
 
-def test_repeats(report):
+def test_duplicates(report):
     lines = report()
-    assert lines[lines.index("repeated") + 1 :] == [
+    assert lines[lines.index("duplicates") + 1 :] == [
         "items that equal an earlier one 2",
         "questions that equal an earlier one 3",
         "questions with different answers 1",
@@ -100,18 +100,23 @@ def test_repeats(report):
 def test_bad_data_is_status_2_and_one_message(vocabulary, tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text('[{"question": "", "steps": "a"}]')
-    assert describe.main([str(bad), "--tokenizer", vocabulary]) == 2
+    assert describe_data.main([str(bad), "--tokenizer", vocabulary]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {bad}: 3 problems in 1 items\n  - item 0: answer is missing")
-    assert describe.main([str(tmp_path / "none.json")]) == 2
-    assert describe.main([str(bad), "--tokenizer", "none.json"]) == 2
+    assert describe_data.main([str(tmp_path / "none.json")]) == 2
+    assert describe_data.main([str(bad), "--tokenizer", "none.json"]) == 2
 
 
 def test_the_command_line(data, vocabulary):
-    command = [sys.executable, str(ROOT / "describe.py")]
-    done = subprocess.run([*command, data, "--tokenizer", vocabulary], capture_output=True, text=True, check=True)
+    def call(*arguments):
+        command = [sys.executable, "-m", "scripts.describe_data", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = call(data, "--tokenizer", vocabulary)
+    assert done.returncode == 0
     assert "steps per item" in done.stdout
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    done = call("--help")
+    assert done.returncode == 0
     assert "--max-new-tokens" in done.stdout
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+    assert call().returncode == 2

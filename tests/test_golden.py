@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from coconut import Coconut
 from config import Config
-from dataset import collate, prompt_sequence, training_sequence
-from examples import read_examples
-from token_data import tokenise
-from weights import find_source, load_model
+from dataset import Curriculum, collate
+from text.reader import read_examples
+from text.tokens import tokenize
+from models.loading import find_source, load_gpt2
 
 CURRICULUM = ("pad_latent_to_max", "c_thought", "max_latent_stage")
 FORWARD = (
@@ -46,19 +47,19 @@ def named(cases: list[dict], names: tuple) -> dict:
 
 @pytest.fixture(scope="module")
 def samples(golden, tokenizer):
-    return tokenise(read_examples(str(golden / "samples.json")), tokenizer, "samples.json")
+    return tokenize(read_examples(str(golden / "samples.json")), tokenizer, "samples.json")
 
 
 @pytest.mark.parametrize(("method", "count"), [("coconut", 160), ("cot", 10), ("no_cot", 10), ("no_thoughts", 160)])
 def test_every_sequence_is_the_official_one(method, count, golden, samples, tokenizer):
-    """Training ids, number of unlabelled tokens and evaluation prompt, for every stage and setting."""
+    """Training ids, number of unlabeled tokens and evaluation prompt, for every stage and setting."""
     cases = [case for case in read(golden / "sequences.json") if case["method"] == method]
     assert len(cases) == count
     for case in cases:
-        config, example = make_config(case), samples[case["sample"]]
-        trained = training_sequence(example, case["stage"], config, tokenizer)
-        prompt = prompt_sequence(example, case["stage"], config, tokenizer)
-        found = (trained.ids.tolist(), trained.n_unlabelled, prompt.ids.tolist())
+        curriculum, example = Curriculum(make_config(case), tokenizer), samples[case["sample"]]
+        trained = curriculum.training(example, case["stage"])
+        prompt = curriculum.prompt(example, curriculum.n_prompt_latents(case["stage"], len(example.steps)))
+        found = (trained.ids.tolist(), trained.n_unlabeled, prompt.ids.tolist())
         assert found == (case["train_ids"], case["n_unlabelled"], case["prompt_ids"]), case
 
 
@@ -67,9 +68,10 @@ def test_forward_and_gradients_are_the_official_ones(name, golden, golden_model,
     """A mixed batch of ten rows: loss, log-probabilities, arg-max and every parameter's gradient norm."""
     case = named(read(golden / "forward.json"), FORWARD)[name]
     config = make_config(case, model_id=str(golden_model))
-    rows = [training_sequence(samples[i], case["stage"], config, tokenizer) for i in range(len(samples))]
+    curriculum = Curriculum(config, tokenizer)
+    rows = [curriculum.training(samples[i], case["stage"]) for i in range(len(samples))]
     batch = collate(rows, tokenizer.eos_id)
-    model = load_model(find_source(config), config, tokenizer)
+    model = Coconut(load_gpt2(find_source(config), config, tokenizer))
 
     loss, gradient = nn.value_and_grad(model, lambda b: model(b))(batch.to_mlx())
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
@@ -89,8 +91,8 @@ def test_forward_and_gradients_are_the_official_ones(name, golden, golden_model,
 def our_column(official: dict, batch, row: int, column: int) -> int:
     """Where our batch holds the token that the official batch has in `column`: its rank among the row's real tokens."""
     mask, ids = np.array(official["attention_mask"][row]), np.array(official["input_ids"][row])
-    ours = np.flatnonzero(batch.real[row])
-    assert batch.ids[row][ours].tolist() == ids[mask == 1].tolist()
+    ours = np.flatnonzero(batch.attention_mask[row])
+    assert batch.input_ids[row][ours].tolist() == ids[mask == 1].tolist()
     assert mask[column] == 1
     return int(ours[mask[:column].sum()])
 
@@ -99,7 +101,7 @@ def our_column(official: dict, batch, row: int, column: int) -> int:
 def test_training_is_the_official_one(name, golden, golden_model, gpt2_vocabulary, tmp_path, call_main):
     """Every epoch's training and validation loss of a whole run; debug only leaves out writing checkpoints.
 
-    Where the optimiser is new every epoch each step is nearly a sign step, and noise of 1e-7 on the weights moves the
+    Where the optimizer is new every epoch each step is nearly a sign step, and noise of 1e-7 on the weights moves the
     official losses themselves by 2e-4 (tests/fixtures/golden/README.md).
     """
     case = named(read(golden / "trajectories.json"), TRAJECTORIES)[name]

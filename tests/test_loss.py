@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from loss import cross_entropy
+from models.ops import cross_entropy
 
 
 def reference(logits, targets):

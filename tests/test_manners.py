@@ -1,4 +1,4 @@
-"""What a command is like to live with: Ctrl-C at any moment, a terminal or none, other people's warnings."""
+"""How commands behave towards users: Ctrl-C at any moment, output with and without a terminal, foreign warnings."""
 
 import fcntl
 import os
@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from survival import SETTINGS, Trial
 
+from startup import settings
+
 ROOT = Path(__file__).resolve().parents[1]
-# Runs inside the command, where it imports the module STOP_AT: sends SIGNAL then, or DELAY seconds later.
+# Runs inside the command: sends SIGNAL when the module STOP_AT is imported, or DELAY seconds later.
 STOPPER = """
 import os, sys, threading, time
 
@@ -30,14 +32,14 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """
-# Where the tests run in the background, a child would start with Ctrl-C ignored.
+# Restores Ctrl-C, which a child process ignores if the tests run in the background.
 LISTEN = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
     """A configuration, its data, and a finished run of it."""
-    trial = Trial(tmp_path_factory.mktemp("manners") / "trial", SETTINGS["optimiser kept"] | {"num_epochs": 1})
+    trial = Trial(tmp_path_factory.mktemp("manners") / "trial", SETTINGS["optimizer kept"] | {"num_epochs": 1})
     trial.finish()
     return trial
 
@@ -50,7 +52,7 @@ def stopper(tmp_path_factory):
 
 
 def python(*arguments, cwd, **environment):
-    """Run Python on the arguments, able to hear Ctrl-C."""
+    """Run Python with the arguments and Ctrl-C enabled."""
     return subprocess.run(
         [sys.executable, "-c", LISTEN, sys.executable, *map(str, arguments)], cwd=cwd, env=os.environ | environment,
         capture_output=True, text=True, timeout=60, check=False,
@@ -59,10 +61,10 @@ def python(*arguments, cwd, **environment):
 
 STARTS = [
     ("run.py trial.yaml", ["shlex", "tqdm", "numpy", "mlx.core", "tiktoken"]),
-    ("demo.py --quick", ["argparse", "mlx.core", "chains"]),
-    ("plot.py runs/trial", ["argparse", "yaml", "matplotlib.figure", "matplotlib.ft2font", "PIL"]),
-    ("export.py runs/trial/checkpoint_1 out.safetensors", ["argparse", "mlx.core"]),
-    ("describe.py train.json --tokenizer words.json", ["numpy", "tqdm"]),
+    ("-m scripts.demo --quick", ["argparse", "mlx.core", "chains"]),
+    ("-m scripts.plot runs/trial", ["argparse", "yaml", "matplotlib.figure", "matplotlib.ft2font", "PIL"]),
+    ("-m scripts.export runs/trial/checkpoint_1 out.safetensors", ["argparse", "mlx.core"]),
+    ("-m scripts.describe_data train.json --tokenizer words.json", ["numpy", "tqdm"]),
     ("preprocessing/chains.py --out made", ["argparse", "random"]),
     ("preprocessing/prosqa.py --out made", ["argparse"]),
     ("preprocessing/gsm_icot.py a b", ["argparse"]),
@@ -74,8 +76,9 @@ STARTS = [
 @pytest.mark.parametrize(("command", "module"), [(command, name) for command, names in STARTS for name in names])
 def test_ctrl_c_during_an_import_is_one_word(command, module, trial, stopper):
     program, *words = command.split()
-    stop = {"PYTHONPATH": str(stopper), "STOP_AT": module, "SIGNAL": str(int(signal.SIGINT))}
-    done = python(ROOT / program, *words, cwd=trial.folder, **stop)
+    program = program if program == "-m" else ROOT / program
+    stop = {"PYTHONPATH": f"{stopper}:{ROOT}", "STOP_AT": module, "SIGNAL": str(int(signal.SIGINT))}
+    done = python(program, *words, cwd=trial.folder, **stop)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (-signal.SIGINT, "interrupted")
     assert "Traceback" not in done.stderr
     assert not list(trial.folder.rglob(".*.tmp"))
@@ -84,8 +87,8 @@ def test_ctrl_c_during_an_import_is_one_word(command, module, trial, stopper):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("delay", [0.01, 0.2, 0.4, 0.6, 0.8, 1.0])
 def test_a_run_stopped_at_any_moment_leaves_no_traceback(number, delay, stopper, tmp_path):
-    """From the first import to the interpreter's end."""
-    trial = Trial(tmp_path / "stopped", SETTINGS["optimiser kept"] | {"num_epochs": 1})
+    """From the first import to the interpreter's shutdown."""
+    trial = Trial(tmp_path / "stopped", SETTINGS["optimizer kept"] | {"num_epochs": 1})
     stop = {"PYTHONPATH": str(stopper), "STOP_AT": "shlex", "DELAY": str(delay), "SIGNAL": str(int(number))}
     done = python(ROOT / "run.py", "trial.yaml", cwd=trial.folder, **stop)
     assert done.returncode in (-number, 128 + number, 0), done.stderr
@@ -94,19 +97,19 @@ def test_a_run_stopped_at_any_moment_leaves_no_traceback(number, delay, stopper,
 
 
 def signalled(code, cwd, listen=LISTEN):
-    """Run a few lines after stopping.at_once()."""
-    head = "import signal, stopping, utils\nfrom pathlib import Path\nstopping.at_once()\n"
+    """Run a few lines after signals.at_once()."""
+    head = "import signal, utils\nfrom pathlib import Path\nfrom startup import signals\nsignals.at_once()\n"
     command = [sys.executable, "-c", listen, sys.executable, "-c", head + code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
-    """The first one is only noted."""
+    """The first one only sets a flag."""
     twice = "signal.raise_signal(2)\n print(stop.requested, flush=True)\n signal.raise_signal(2)\n print('too late')"
     done = signalled(f"with utils.StopSignals() as stop:\n {twice}", tmp_path)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "2\n")
-    assert done.stderr == "stopping after this step; once more stops at once\ninterrupted\n"
+    assert done.stderr == "stopping after this step; Ctrl-C again stops immediately\ninterrupted\n"
 
 
 def test_a_half_written_file_is_removed(tmp_path):
@@ -115,14 +118,23 @@ def test_a_half_written_file_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_that_was_to_be_ignored_is(tmp_path):
-    """As the shell arranges for a script's background commands."""
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
+    """Shells start the background commands of a script this way."""
     ignored = LISTEN.replace("SIG_DFL", "SIG_IGN")
     assert signalled("signal.raise_signal(2)\nprint('still here')", tmp_path, ignored).stdout == "still here\n"
 
 
+@pytest.mark.parametrize("existing, expected", [(None, "1000000"), ("7", "7")])
+def test_a_variable_that_the_user_has_set_stays(existing, expected, monkeypatch):
+    monkeypatch.setenv("MLX_BFS_MAX_WIDTH", existing or "")
+    if existing is None:
+        monkeypatch.delenv("MLX_BFS_MAX_WIDTH")
+    settings.lift_graph_width()
+    assert os.environ["MLX_BFS_MAX_WIDTH"] == expected
+
+
 def on_a_terminal(command, cwd, **environment) -> str:
-    """What a command sends to a terminal of 80 columns."""
+    """Run a command on a terminal of 80 columns; returns its output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, stdout=slave, stderr=slave)
@@ -139,7 +151,7 @@ def on_a_terminal(command, cwd, **environment) -> str:
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "xterm-256color", "NO_COLOR": "1"}, {"TERM": "xterm-256color"}])
-def test_a_terminal_gets_bars_without_colours(environment, trial, tmp_path):
+def test_a_terminal_gets_bars_without_colors(environment, trial, tmp_path):
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
     shown = on_a_terminal(command, trial.folder, **environment)
     assert re.search(r"\rEpoch 1/1.*100%", shown)
@@ -154,18 +166,19 @@ def test_a_dumb_terminal_gets_plain_lines(trial, tmp_path):
     assert "\r" not in shown.replace("\r\n", "\n")
 
 
-def test_a_line_between_does_not_tear_plain_progress():
-    """No cursor movements go into a log file when a warning comes while a bar is open."""
+def test_a_warning_does_not_break_plain_progress():
+    """No cursor movements are written to a log file when a warning is printed while a bar is open."""
     lines = ["import utils", "bar = utils.Progress(total=2, desc='x')", "bar.update()", "utils.warn('w')"]
     code = [*lines, "bar.update()", "bar.close()"]
     done = subprocess.run([sys.executable, "-c", "; ".join(code)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line.split(" [")[0] for line in done.stderr.split("\n")] == ["warning: w", "x: 2/2", ""]
 
 
-def test_other_peoples_warnings_are_not_shown_as_ours(trial, tmp_path):
-    """All warnings on: what is on stderr is progress, or marked as ours."""
+def test_warnings_of_other_packages_are_not_shown(trial, tmp_path):
+    """With all warnings enabled, stderr has only progress and our own warnings."""
     run = python("-W", "always", ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}", cwd=trial.folder)
-    ours = r"(Tokenising|Epoch|Validation loss|Answers|warning: )"
+    ours = r"(Tokenizing|Epoch|Validation loss|Answers|warning: )"
     assert [line for line in run.stderr.splitlines() if not re.match(ours, line)] == []
-    plot = python("-W", "always", ROOT / "plot.py", "runs/trial", cwd=trial.folder, MPLCONFIGDIR="/dev/null/x")
+    environment = {"MPLCONFIGDIR": "/dev/null/x", "PYTHONPATH": str(ROOT)}
+    plot = python("-W", "always", "-m", "scripts.plot", "runs/trial", cwd=trial.folder, **environment)
     assert (plot.returncode, plot.stderr) == (0, "")

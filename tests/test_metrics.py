@@ -1,12 +1,16 @@
 """wandb as one more sink: used where installed and logged in, never asked for, never fatal. (A stand-in for it.)"""
 
 import json
+import os
+import struct
+import subprocess
 import sys
 import types
 
 import pytest
+from conftest import ROOT
 
-import metrics
+from training import metrics
 from config import Config
 
 
@@ -14,7 +18,7 @@ class FakeRun:
     """Remembers what it is given; fails from the second log on, if asked to."""
 
     def __init__(self, fails):
-        self.logged, self.finished, self.fails = [], None, fails
+        self.logged, self.finished, self.fails, self.id = [], None, fails, "abc"
 
     def log(self, values):
         if self.fails and self.logged:
@@ -30,6 +34,8 @@ def fake_wandb(monkeypatch):
     """Put a stand-in where `import wandb` finds it; returns its settings."""
     module = types.SimpleNamespace(fails_to_start=False, run=FakeRun(False), Error=type("Error", (Exception,), {}))
     module.Settings = lambda **keys: keys
+    module.login = lambda prompt: module.logged_in
+    module.logged_in = True
     module.Table = lambda columns, data: (columns, data)
 
     def init(**keys):
@@ -46,6 +52,7 @@ def fake_wandb(monkeypatch):
 
 
 def config(tmp_path, **keys):
+    (tmp_path / "run").mkdir(exist_ok=True)
     return Config(save_path=str(tmp_path), name="run", val_path="x", cot=True, **keys)
 
 
@@ -77,13 +84,81 @@ def test_debug_and_evaluation_do_without(keys, fake_wandb, tmp_path):
     assert metrics.start_wandb(config(tmp_path, **keys)) is None
 
 
-def test_it_is_never_asked_for(fake_wandb, tmp_path, monkeypatch):
-    """Installed, but neither logged in nor offline; or not installed."""
+def test_it_is_never_asked_for(fake_wandb, tmp_path, monkeypatch, capsys):
+    """Installed, but neither logged in nor offline; or not installed. One line says why."""
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    fake_wandb.login = None  # without a file or a variable that may hold a key, wandb is not even asked
     assert metrics.start_wandb(config(tmp_path)) is None
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert metrics.start_wandb(config(tmp_path)) is fake_wandb.run
+    assert capsys.readouterr().out == "wandb: off (not logged in: wandb login)\n"
+    fake_wandb.login = lambda prompt: fake_wandb.logged_in
+    (tmp_path / ".netrc").write_text("machine another.example login me password secret")
+    assert metrics.start_wandb(config(tmp_path)) is fake_wandb.run, "wandb decides which host it logs in under"
+    fake_wandb.logged_in = False
+    assert metrics.start_wandb(config(tmp_path)) is None
+    capsys.readouterr()
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     assert metrics.start_wandb(config(tmp_path)) is None
+    assert capsys.readouterr().out == "wandb: off (not installed: pip install wandb)\n"
+
+
+@pytest.mark.parametrize(("variable", "key", "mode"), [
+    ("", "off", "off"), ("", "offline", "offline"), ("", "online", "online"), ("offline", "off", "offline"),
+    ("dryrun", "online", "offline"), ("disabled", "online", "off"), ("online", "auto", "online"),
+])  # fmt: skip
+def test_the_key_decides_unless_the_variable_does(variable, key, mode, fake_wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert metrics.wandb_mode(config(tmp_path, wandb=key))[0] == mode
+
+
+def test_a_resumed_run_continues_the_same_wandb_run(fake_wandb, tmp_path):
+    metrics.start_wandb(config(tmp_path))
+    assert fake_wandb.keys["id"] is None
+    metrics.start_wandb(config(tmp_path))
+    assert (fake_wandb.keys["id"], fake_wandb.keys["resume"]) == ("abc", "allow")
+
+
+def test_wandb_itself_offline(tiny, tmp_path):
+    """The real package, where it is installed: two parts of one run have one id, and its file holds the losses."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    for epochs in (1, 2):
+        command = [sys.executable, str(ROOT / "run.py"), str(tiny.config(num_epochs=epochs))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "wandb: offline, run " in done.stdout
+    folder = tiny.runs / "tiny"
+    identity = (folder / "wandb_id.txt").read_text().strip()
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and {path.stem for path in files} == {f"run-{identity}"}
+    found = [value for path in files for value in logged_losses(path)]
+    assert found == [record["train/loss"] for record in tiny.records() if "train/loss" in record]
+
+
+def logged_losses(path) -> list[float]:
+    """train/loss of every history record in a wandb run file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    losses = []
+    for content in leveldb_records(path.read_bytes()):
+        for item in Record.FromString(content).history.item:
+            if item.key == "train/loss" or list(item.nested_key) == ["train/loss"]:
+                losses.append(json.loads(item.value_json))
+    return losses
+
+
+def leveldb_records(content: bytes):
+    """The records of a LevelDB log behind wandb's 7 bytes: blocks of 32 KiB, fragments of (CRC-32, length, type)."""
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last fragment of one
+            yield record
+            record = b""

@@ -5,18 +5,21 @@ import dataclasses
 import numpy as np
 import pytest
 
-import cpu_blas  # noqa: F401  before mlx
+from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from coconut import Coconut, compute_dtype, computing_in, visible
+from coconut import Coconut
 from config import Config
-from dataset import Sequence, collate, in_parts
-from gpt2 import GPT2, MLP, Attention, GPT2Config, dropout_mask, random_keys
-from streams import streams
-from train import new_optimizer, training_steps
+from dataset import TrainingSequence, chunks, collate
+from models.cache import make_cache
+from models.gpt2 import GPT2, MLP, Attention, GPT2Config
+from models.ops import Dropout, attention, dropout_mask, random_keys
+from models.precision import compute_dtype, computing_in
+from parallel.streams import even_slices, n_streams, use_streams
+from training.step import TrainStep, group_batches, new_optimizer
 
 VOCABULARY = 50
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -33,19 +36,19 @@ def make_model(seed: int = 0, **keys) -> Coconut:
     return model.eval()
 
 
-def make_rows(shapes=MIXED, seed: int = 0, n_labelled: int | None = None) -> list[Sequence]:
-    """Random rows: some tokens, latents at a random place, labels behind them (n_labelled of them, or all)."""
+def make_rows(shapes=MIXED, seed: int = 0, n_labeled: int | None = None) -> list[TrainingSequence]:
+    """Random rows: some tokens, latents at a random place, labels behind them (n_labeled of them, or all)."""
     rng = np.random.default_rng(seed)
     rows = []
     for n_tokens, n_latents in shapes:
         start = int(rng.integers(2, n_tokens - 1))
         ids = rng.integers(0, VOCABULARY, n_tokens + n_latents).astype(np.int32)
-        n_unlabelled = len(ids) - n_labelled if n_labelled else start + n_latents
-        rows.append(Sequence(ids, start, n_latents, n_unlabelled))
+        n_unlabeled = len(ids) - n_labeled if n_labeled else start + n_latents
+        rows.append(TrainingSequence(ids, start, n_latents, n_unlabeled))
     return rows
 
 
-def make_batch(rows: list[Sequence], multiple: int = 8):
+def make_batch(rows: list[TrainingSequence], multiple: int = 8):
     return collate(rows, pad_id=0, multiple=multiple).to_mlx()
 
 
@@ -54,7 +57,7 @@ def gradient_of(model, function):
     return loss.item(), {name: np.array(g) for name, g in tree_flatten(gradient)}
 
 
-def naive_hidden(model: Coconut, row: Sequence) -> mx.array:
+def naive_hidden(model: Coconut, row: TrainingSequence) -> mx.array:
     """The definition: thought by thought, the whole row so far anew. No cache, no padding, one row. -> [T, D]"""
     columns = list(model.transformer.embed(mx.array(row.ids)[None])[0])
     for column in range(row.latent_start, row.latent_start + row.n_latents):
@@ -63,22 +66,31 @@ def naive_hidden(model: Coconut, row: Sequence) -> mx.array:
 
 
 def naive_pass(model: Coconut, columns: list[mx.array]) -> mx.array:
-    length = len(columns)
-    causal = mx.tril(mx.ones((length, length), dtype=mx.bool_))[None, None]
-    return model.transformer(mx.stack(columns)[None], mx.arange(length)[None], causal)[0][0]
+    return model.transformer(mx.stack(columns)[None], plain_cache(model.transformer, 1, len(columns)))[0]
 
 
-def naive_loss(model: Coconut, rows: list[Sequence]) -> mx.array:
-    """Mean negative log-probability of every labelled token of all rows."""
+def plain_cache(model: GPT2, n_rows: int, n_columns: int) -> list:
+    """An empty cache for rows without padding."""
+    return model.make_cache(mx.ones((n_rows, n_columns), dtype=mx.bool_), mx.zeros(n_rows, dtype=mx.int32))
+
+
+def causal_mask(attention_mask: mx.array) -> mx.array:
+    """[B, T] -> bool [B, 1, T, T]"""
+    cache = make_cache(1, attention_mask, mx.zeros(len(attention_mask), dtype=mx.int32))
+    return cache[0].make_mask(attention_mask.shape[1])
+
+
+def naive_loss(model: Coconut, rows: list[TrainingSequence]) -> mx.array:
+    """Mean negative log-probability of every labeled token of all rows."""
     losses = []
     for row in rows:
         logits = model.transformer.logits(naive_hidden(model, row))
         scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        losses += [-scores[t - 1, int(row.ids[t])] for t in range(row.n_unlabelled, len(row.ids))]
+        losses += [-scores[t - 1, int(row.ids[t])] for t in range(row.n_unlabeled, len(row.ids))]
     return mx.stack(losses).mean()
 
 
-def naive_answer(model: Coconut, row: Sequence, max_new_tokens: int) -> list[int]:
+def naive_answer(model: Coconut, row: TrainingSequence, max_new_tokens: int) -> list[int]:
     """Greedy continuation that recomputes everything for each token, to the last position; end tokens included."""
     columns = list(model.transformer.embed(mx.array(row.ids)[None])[0])
     for column in range(row.latent_start, row.latent_start + row.n_latents):
@@ -99,7 +111,7 @@ def test_hidden_states_equal_the_definition_on_a_mixed_batch():
     batch = make_batch(rows)
     hidden, _ = model.think(batch)
     for i, row in enumerate(rows):
-        ours = np.array(hidden[i])[np.array(batch.real[i])]
+        ours = np.array(hidden[i])[np.array(batch.attention_mask[i])]
         np.testing.assert_allclose(ours, np.array(naive_hidden(model, row)), atol=2e-5)
 
 
@@ -122,11 +134,11 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
     model, rows = make_model(), make_rows()
     batch = make_batch(rows)
     hidden, _ = model.think(batch)
-    other, _ = model.think(batch._replace(ids=mx.where(batch.real, batch.ids, 7)))
+    other, _ = model.think(batch._replace(input_ids=mx.where(batch.attention_mask, batch.input_ids, 7)))
     for i, row in enumerate(rows):
-        real = np.array(batch.real[i])
+        real = np.array(batch.attention_mask[i])
         alone = make_batch([row], multiple=1)
-        assert np.array(alone.real).all()
+        assert np.array(alone.attention_mask).all()
         np.testing.assert_allclose(np.array(hidden[i])[real], np.array(model.think(alone)[0][0]), atol=2e-5)
         np.testing.assert_array_equal(np.array(hidden[i])[real], np.array(other[i])[real])
 
@@ -136,7 +148,7 @@ def test_columns_that_see_nothing_give_no_nan(attn_pdrop):
     """Left padding makes fully masked rows; hidden states, loss and gradients stay finite, also with dropout."""
     model = make_model(attn_pdrop=attn_pdrop).train()
     batch = make_batch(make_rows())
-    assert not np.array(batch.real)[:, 0].all()
+    assert not np.array(batch.attention_mask)[:, 0].all()
     loss, gradient = gradient_of(model, lambda m: m(batch))
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in gradient.values())
@@ -160,9 +172,9 @@ def passes(monkeypatch) -> list:
     """Columns of each pass through the transformer, as it is made."""
     lengths, original = [], GPT2.__call__
 
-    def counted(self, embeddings, *rest):
+    def counted(self, embeddings, cache):
         lengths.append(embeddings.shape[1])
-        return original(self, embeddings, *rest)
+        return original(self, embeddings, cache)
 
     monkeypatch.setattr(GPT2, "__call__", counted)
     return lengths
@@ -172,7 +184,7 @@ def test_every_column_is_computed_once(passes):
     """One pass up to the first latent, one column for each further latent, one pass over the rest."""
     model, batch = make_model(), make_batch(make_rows())
     model.think(batch)
-    length, first, n_latents = batch.ids.shape[1], batch.first_latent, batch.latents.shape[1]
+    length, first, n_latents = batch.input_ids.shape[1], batch.first_latent, batch.latent_mask.shape[1]
     assert passes == [first, *[1] * (n_latents - 1), length - first - n_latents + 1]
 
 
@@ -191,14 +203,22 @@ def test_the_forward_never_waits_for_a_value(monkeypatch):
 # Decoding
 
 
-def test_decoding_computes_one_column_a_token(passes, prompts):
+def test_decoding_computes_one_column_a_token(passes, prompts, two_streams):
     """The cache is used: behind the prompt every pass is one column wide, and the last token needs none."""
     model, rows, _ = prompts
     batch = make_batch(rows)
     model.generate(batch, 12, VOCABULARY)
-    n_parts = len(batch.shared_out(len(streams())))
-    assert sum(passes) == n_parts * (batch.ids.shape[1] + 11)
+    n_parts = len(even_slices(len(batch.input_ids)))
+    assert n_parts == n_streams() == 2
+    assert sum(passes) == n_parts * (batch.input_ids.shape[1] + 11)
     assert passes[-11 * n_parts :] == [1] * (11 * n_parts)
+
+
+@pytest.fixture
+def two_streams():
+    """As run.py on a CPU with two cores."""
+    yield use_streams("2")
+    use_streams("1")
 
 
 @pytest.fixture(scope="module")
@@ -249,38 +269,26 @@ def test_decoding_stops_at_the_last_position():
 # Training
 
 
-def steps_of(model, optimizer, batches, config, epoch=0) -> list:
-    return list(training_steps(model, optimizer, batches, config, epoch, n_steps=len(batches), first=0))
+def steps_of(model, optimizer, batches, config, epoch=0, lr=None) -> list:
+    step, lr = TrainStep(model, optimizer, config), config.lr if lr is None else lr
+    return [step(group, epoch, number, lr) for number, group in enumerate(group_batches(batches, config))]
 
 
 def sgd_steps(batches, **keys) -> tuple[list, dict]:
-    """training_steps with plain gradient descent at rate 1, so that the weights' change is the gradient."""
+    """TrainStep with plain gradient descent at rate 1, so that the weights' change is the gradient."""
     model = make_model()
     before = dict(tree_flatten(model.parameters()))
     config = Config(save_path="", name="", val_path="", coconut=True, **keys)
-    steps = steps_of(model, optim.SGD(learning_rate=1.0), batches, config)
+    steps = steps_of(model, optim.SGD(learning_rate=1.0), batches, config, lr=1.0)
     change = {name: np.array(before[name] - after) for name, after in tree_flatten(model.parameters())}
     return steps, change
 
 
-@pytest.mark.parametrize(("resume", "epoch", "rates"), [
-    (0, 0, [0.025, 0.05]), (0, 1, [0.075, 0.1]), (0, 3, [0.1, 0.1]), (3, 3, [0.025, 0.05]), (3, 4, [0.075, 0.1]),
-    (5, 3, [0.025, 0.05]),  # a run directory is taken up whatever `resume` says
-])  # fmt: skip
-def test_the_learning_rate_rises_from_the_first_epoch_that_is_trained(resume, epoch, rates):
-    model, batches = make_model(), [in_parts(make_rows([(9, 2)]), 1, pad_id=0)] * 2
-    config = Config(save_path="", name="", val_path="", coconut=True, lr=0.1, warmup_steps=4, resume=resume)
-    optimizer, seen = new_optimizer(model, config), []
-    for _ in training_steps(model, optimizer, batches, config, epoch, n_steps=2, first=0):
-        seen.append(optimizer.learning_rate.item())
-    assert seen == pytest.approx(rates)
-
-
 def test_accumulated_equals_one_big_batch():
-    """Four micro-batches with equally many labelled tokens give the loss and gradient of their union."""
-    rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0), (9, 1)], n_labelled=3)
-    micro = [in_parts(rows[i : i + 2], 1, pad_id=0) for i in range(0, 8, 2)]
-    [big], big_change = sgd_steps([in_parts(rows, 1, pad_id=0)], gradient_accumulation_steps=1)
+    """Four micro-batches with equally many labeled tokens give the loss and gradient of their union."""
+    rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0), (9, 1)], n_labeled=3)
+    micro = [chunks(rows[i : i + 2], 1, pad_id=0) for i in range(0, 8, 2)]
+    [big], big_change = sgd_steps([chunks(rows, 1, pad_id=0)], gradient_accumulation_steps=1)
     [step], change = sgd_steps(micro, gradient_accumulation_steps=4)
     assert step.loss == pytest.approx(big.loss, rel=1e-6)
     assert step.n_tokens == big.n_tokens == sum(len(row.ids) for row in rows)
@@ -292,8 +300,8 @@ def test_accumulated_equals_one_big_batch():
 @pytest.mark.parametrize("n_parts", [2, 3])
 def test_parts_on_several_streams_equal_one_batch(n_parts):
     rows = make_rows([(9, 2), (7, 0), (14, 3), (11, 1), (23, 0), (8, 2), (10, 0)])
-    [whole], change = sgd_steps([in_parts(rows, 1, pad_id=0)], gradient_accumulation_steps=1)
-    parts = in_parts(rows, n_parts, pad_id=0)
+    [whole], change = sgd_steps([chunks(rows, 1, pad_id=0)], gradient_accumulation_steps=1)
+    parts = chunks(rows, n_parts, pad_id=0)
     assert len(parts) == n_parts
     [step], change_of_parts = sgd_steps([parts], gradient_accumulation_steps=1)
     assert step.loss == pytest.approx(whole.loss, rel=1e-6) and step.n_tokens == whole.n_tokens
@@ -303,7 +311,7 @@ def test_parts_on_several_streams_equal_one_batch(n_parts):
 
 def test_an_incomplete_last_group_is_divided_by_the_full_count():
     """As the official code does: one micro-batch of three counts a third, its reported loss is its own."""
-    batch = in_parts(make_rows(), 2, pad_id=0)
+    batch = chunks(make_rows(), 2, pad_id=0)
     [whole], change = sgd_steps([batch], gradient_accumulation_steps=1)
     [third], third_of_change = sgd_steps([batch], gradient_accumulation_steps=3)
     assert third.loss == whole.loss
@@ -316,7 +324,7 @@ def train_a_little(seed: int) -> bytes:
     config = Config(save_path="", name="", val_path="", coconut=True, seed=seed, gradient_accumulation_steps=2, lr=1e-2)
     model = make_model(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     optimizer = new_optimizer(model, config)
-    batches = [in_parts(make_rows(seed=i), 2, pad_id=0) for i in range(6)]
+    batches = [chunks(make_rows(seed=i), 2, pad_id=0) for i in range(6)]
     losses = [step.loss for step in steps_of(model, optimizer, batches, config, epoch=1)]
     assert len(losses) == 3
     arrays = [np.array(w) for _, w in tree_flatten([model.parameters(), optimizer.state])]
@@ -332,7 +340,7 @@ def test_ten_runs_of_one_seed_are_equal_bit_by_bit_and_another_seed_differs():
 def test_dropout_draws_another_mask_at_every_step_and_in_every_epoch():
     """The same batch at learning rate 0 has another loss each time; a frozen mask would repeat it."""
     config = Config(save_path="", name="", val_path="", coconut=True, lr=0, weight_decay=0)
-    model, batch = make_model(embd_pdrop=0.1), in_parts(make_rows(), 2, pad_id=0)
+    model, batch = make_model(embd_pdrop=0.1), chunks(make_rows(), 2, pad_id=0)
     losses = []
     for epoch in range(2):
         optimizer = new_optimizer(model, config)
@@ -360,8 +368,8 @@ def test_bfloat16_computes_near_float32_and_leaves_float32_parameters():
         assert mx.linalg.norm(found - wanted).item() < 0.1 * mx.linalg.norm(wanted).item(), name
     with computing_in(model, mx.bfloat16):
         hidden, cache = model.eval().think(batch)
-        assert hidden.dtype == cache[0][0].dtype == mx.bfloat16
-        assert len(model.generate(batch, 3, VOCABULARY)) == len(batch.last)
+        assert hidden.dtype == cache[0].state[0].dtype == mx.bfloat16
+        assert len(model.generate(batch, 3, VOCABULARY)) == len(batch.last_column)
     assert all(mx.array_equal(before[name], array).item() for name, array in tree_flatten(model.parameters()))
 
 
@@ -392,7 +400,7 @@ def test_parameters_are_exactly_gpt2s():
     assert [name for name, _ in tree_flatten(model.trainable_parameters())] == names
 
 
-def test_a_fresh_model_is_initialised_as_gpt2_is():
+def test_a_fresh_model_is_initialized_as_gpt2_is():
     """Normal weights of 0.02, those that end a residual branch of 0.02 / sqrt(2 n_layer); no bias, unit norms."""
     mx.random.seed(1)
     model = GPT2(GPT2Config(vocab_size=2000, n_positions=512, n_embd=64, n_layer=8, n_head=2))
@@ -420,30 +428,35 @@ def assert_dropout(values: mx.array, probability: float):
 DROPOUTS = GPT2Config(
     vocab_size=9, n_positions=8, n_embd=16, n_layer=1, n_head=16, embd_pdrop=0.2, attn_pdrop=0.3, resid_pdrop=0.4
 )
-ALONE = mx.array([[[[True]]]])  # one position that sees itself
+ONE = mx.array([[[[True]]]])  # one position that sees itself
 
 
 def test_dropout_of_the_embeddings():
     model = GPT2(DROPOUTS)
-    model.h, model.ln_f = [], lambda x: x
+    model.h, model.ln_f = [lambda x, *_: x], lambda x: x
     model.wpe.weight = mx.full((8, 16), 0.25)
-    embeddings, positions = mx.full((500, 8, 16), 0.75), mx.zeros((500, 8), dtype=mx.int32)
-    mask = mx.ones((1, 1, 8, 8), dtype=mx.bool_)
-    assert_dropout(model(embeddings, positions, mask)[0], 0.2)
-    assert (model.eval()(embeddings, positions, mask)[0] == 1).all().item()
+    embeddings, cache = (
+        mx.full((500, 8, 16), 0.75),
+        make_cache(1, mx.ones((500, 8), dtype=mx.bool_), mx.zeros(500, dtype=mx.int32)),
+    )
+    assert_dropout(model(embeddings, cache), 0.2)
+    assert (model.eval()(embeddings, cache) == 1).all().item()
 
 
 @pytest.mark.parametrize("place", ["attention", "residual"])
 def test_dropout_of_the_attention(place):
     """Each of 16 heads attends to its one position with weight 1, and its value is 1."""
-    attention = Attention(DROPOUTS)
-    attention.c_attn.bias = mx.concatenate([mx.zeros(32), mx.ones(16)])
-    attention.c_proj.weight = mx.eye(16)
-    off = attention.resid_dropout if place == "attention" else attention.attn_dropout
+    layer = Attention(DROPOUTS)
+    layer.c_attn.bias = mx.concatenate([mx.zeros(32), mx.ones(16)])
+    layer.c_proj.weight = mx.eye(16)
+    off = layer.resid_dropout if place == "attention" else layer.attn_dropout
     off.eval()
     x = mx.random.normal((5000, 1, 16))
-    assert_dropout(attention(x, ALONE, None, random_keys(2))[0], 0.3 if place == "attention" else 0.4)
-    assert (attention.eval()(x, ALONE, None, [None, None])[0] == 1).all().item()
+    (first, second) = (
+        make_cache(1, mx.ones((5000, 1), dtype=mx.bool_), mx.zeros(5000, dtype=mx.int32))[0] for _ in range(2)
+    )
+    assert_dropout(layer(x, ONE, first, random_keys(2)), 0.3 if place == "attention" else 0.4)
+    assert (layer.eval()(x, ONE, second, [None, None]) == 1).all().item()
 
 
 def test_dropout_of_the_mlp():
@@ -456,16 +469,15 @@ def test_dropout_of_the_mlp():
 
 def test_attention_in_blocks_of_queries_is_plain_attention():
     """300 columns behind a cache of 40 and padding on both sides: outputs and gradients of the fused form."""
-    attention = Attention(dataclasses.replace(DROPOUTS, n_head=2)).eval()
     mx.random.seed(4)
     q, gradient = mx.random.normal((2, 2, 300, 8)), mx.random.normal((2, 2, 300, 8))
     k, v = mx.random.normal((2, 2, 340, 8)), mx.random.normal((2, 2, 340, 8))
     real = (mx.arange(340) >= mx.array([[0], [30]])) & (mx.arange(340) < mx.array([[310], [340]]))
-    mask = visible(real)[:, :, 40:]
+    mask = causal_mask(real)[:, :, 40:]
     seen = mask.any(axis=-1, keepdims=True)  # padding that sees nothing may give anything finite
 
     def by_blocks(q, k, v):
-        return (mx.where(seen, attention._attend(q, k, v, mask, None), 0) * gradient).sum()
+        return (mx.where(seen, attention(q, k, v, mask, Dropout(0.0), None), 0) * gradient).sum()
 
     def fused(q, k, v):
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)
@@ -480,10 +492,9 @@ def test_attention_in_blocks_of_queries_is_plain_attention():
 
 def test_gradient_through_dropped_attention():
     """By MLX's own derivatives, block by block with the same masks; every block of queries drops others."""
-    attention = Attention(DROPOUTS)
     mx.random.seed(6)
     q, k, v, weight = (mx.random.normal((2, 3, 260, 4)) for _ in range(4))
-    mask, key = visible(mx.ones((2, 260), dtype=mx.bool_)), random_keys(1)[0]
+    mask, key = causal_mask(mx.ones((2, 260), dtype=mx.bool_)), random_keys(1)[0]
     parts = [(0, 128), (128, 256), (256, 260)]
     keeps = [
         dropout_mask(key, (2, 3, end - start, end), 0.3)
@@ -500,7 +511,7 @@ def test_gradient_through_dropped_attention():
         return (mx.concatenate(out, axis=2) * weight).sum()
 
     def ours(q, k, v):
-        return (attention._attend(q, k, v, mask, key) * weight).sum()
+        return (attention(q, k, v, mask, Dropout(0.3), key) * weight).sum()
 
     expected = mx.value_and_grad(plain, argnums=(0, 1, 2))(q, k, v)
     found = mx.value_and_grad(ours, argnums=(0, 1, 2))(q, k, v)
@@ -512,7 +523,9 @@ def test_gradient_through_dropped_attention():
 def test_recomputation_gives_the_same_gradient():
     """grad_checkpoint, dropout on: bit for bit, where mx.checkpoint beside nn.Dropout draws other masks."""
     model = Coconut(GPT2(dataclasses.replace(DROPOUTS, n_positions=40, n_layer=2)))
-    batch = collate([Sequence(np.arange(12) % 9, 4, 2, 7), Sequence(np.arange(9) % 9, 3, 1, 5)], pad_id=0).to_mlx()
+    batch = collate(
+        [TrainingSequence(np.arange(12) % 9, 4, 2, 7), TrainingSequence(np.arange(9) % 9, 3, 1, 5)], pad_id=0
+    ).to_mlx()
     results = []
     for model.transformer.grad_checkpoint in (False, True):
         mx.random.seed(3)

@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 
-import cpu_blas  # noqa: F401  before mlx
+from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from config import Config
-from dataset import Sequence, collate
-from gpt2 import GPT2, GPT2Config
-from tokenizer import load_tokenizer
-from train import clipped, new_optimizer, training_steps
-from weights import find_source, load_model
+from coconut import Coconut
+from dataset import Chunk, TrainingSequence, collate
+from models.gpt2 import GPT2, GPT2Config
+from text.tokenizer import load_tokenizer
+from training.step import TrainStep, clipped, new_optimizer
+from models.loading import find_source, load_gpt2
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the live oracle is skipped")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: the live oracle is skipped")
@@ -46,15 +47,15 @@ def theirs(words):
 def opened(folder, words):
     """The saved model through our own loading."""
     config = Config(save_path="", name="", val_path="", coconut=True, model_id=str(folder))
-    return load_model(find_source(config), config, words)
+    return Coconut(load_gpt2(find_source(config), config, words))
 
 
 def make_batch(vocab_size: int, seed: int = 0):
     """Rows of several lengths; those with a latent column are left-padded, none of the latents is a thought."""
     rng = np.random.default_rng(seed)
     rows = [
-        Sequence(rng.integers(0, vocab_size, n).astype(np.int32), 2, 0, unlabelled)
-        for n, unlabelled in ((31, 4), (9, 3), (20, 19), (2, 1))
+        TrainingSequence(rng.integers(0, vocab_size, n).astype(np.int32), 2, 0, unlabeled)
+        for n, unlabeled in ((31, 4), (9, 3), (20, 19), (2, 1))
     ]
     batch = collate(rows, pad_id=0)
     shift = [0, 7, 3, 11]  # left padding too, as rows with latents have it
@@ -63,8 +64,8 @@ def make_batch(vocab_size: int, seed: int = 0):
 
 def shift_rows(batch, shifts):
     """The batch with each row moved right by its shift."""
-    width = batch.ids.shape[1] + max(shifts)
-    rows, columns = batch.predict // batch.ids.shape[1], batch.predict % batch.ids.shape[1]
+    width = batch.input_ids.shape[1] + max(shifts)
+    rows, columns = batch.label_positions // batch.input_ids.shape[1], batch.label_positions % batch.input_ids.shape[1]
 
     def moved(array):
         out = np.zeros((len(array), width), dtype=array.dtype)
@@ -73,27 +74,29 @@ def shift_rows(batch, shifts):
         return out
 
     return batch._replace(
-        ids=moved(batch.ids),
-        positions=moved(batch.positions),
-        real=moved(batch.real),
+        input_ids=moved(batch.input_ids),
+        attention_mask=moved(batch.attention_mask),
+        left_padding=batch.left_padding + np.array(shifts, dtype=np.int32),
         first_latent=width,
-        predict=(rows * width + columns + np.array(shifts)[rows]).astype(np.int32),
-        last=batch.last + np.array(shifts, dtype=np.int32),
+        label_positions=(rows * width + columns + np.array(shifts)[rows]).astype(np.int32),
+        last_column=batch.last_column + np.array(shifts, dtype=np.int32),
     )
 
 
 def labels_of(batch) -> np.ndarray:
     """The official form of our targets: -100 wherever there is none."""
-    labels = np.full(batch.ids.size, -100)
-    used = batch.weights > 0
-    labels[batch.predict[used] + 1] = batch.targets[used]
-    return labels.reshape(batch.ids.shape)
+    labels = np.full(batch.input_ids.size, -100)
+    used = batch.label_mask > 0
+    labels[batch.label_positions[used] + 1] = batch.labels[used]
+    return labels.reshape(batch.input_ids.shape)
 
 
 def their_loss(theirs, batch):
     """The official Coconut's loss: cross-entropy of shifted logits with -100 ignored. -> (loss, logits)"""
     tensor = lambda array: torch.tensor(np.array(array, dtype=np.int64))  # noqa: E731
-    out = theirs(tensor(batch.ids), attention_mask=tensor(batch.real), position_ids=tensor(batch.positions))
+    positions = np.maximum(np.arange(batch.input_ids.shape[1]) - batch.left_padding[:, None], 0)
+    positions = np.where(batch.attention_mask, positions, 0)
+    out = theirs(tensor(batch.input_ids), attention_mask=tensor(batch.attention_mask), position_ids=tensor(positions))
     shifted, labels = out.logits[:, :-1].flatten(0, 1), tensor(labels_of(batch))[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(shifted, labels), out.logits
 
@@ -127,7 +130,7 @@ def test_logits_and_gradients_equal_transformers(names, n_inner, theirs, words, 
     expected_loss, expected_logits = their_loss(theirs, batch)
     expected_loss.backward()
     hidden, _ = ours.think(batch.to_mlx())
-    real = batch.real
+    real = batch.attention_mask
     np.testing.assert_allclose(
         np.array(ours.transformer.logits(hidden))[real], expected_logits.detach().numpy()[real], atol=1e-4
     )
@@ -151,13 +154,13 @@ def test_file_holds_exactly_transformers_parameters(theirs, words, tmp_path):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01, 0.5])
 def test_twenty_adamw_steps_equal_torch(weight_decay, theirs, words, tmp_path):
-    """Losses, weights and both moments after 20 steps on changing batches with one optimiser."""
+    """Losses, weights and both moments after 20 steps on changing batches with one optimizer."""
     ours = opened(save(theirs, tmp_path, "transformer."), words)
     config = Config(save_path="", name="", val_path="", coconut=True, lr=1e-3, weight_decay=weight_decay)
     batches = [make_batch(words.vocab_size, seed) for seed in range(20)]
-    parts = [[batch] for batch in batches]
     optimizer = new_optimizer(ours, config)
-    losses = [s.loss for s in training_steps(ours, optimizer, parts, config, epoch=0, n_steps=20, first=0)]
+    step = TrainStep(ours, optimizer, config)
+    losses = [step([[Chunk(batch, 1.0)]], 0, number, config.lr).loss for number, batch in enumerate(batches)]
 
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=weight_decay)
     expected = []

@@ -1,4 +1,4 @@
-"""gsm_icot.py and prontoqa.py: the official conversions, byte for byte, and one message per unusable file."""
+"""gsm_icot.py and prontoqa.py: the bytes of the official conversions, and one message per unusable file."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def names(here):
 
 
 def gsm(here, text, split="valid"):
-    """Convert a text; the bytes of the JSON file."""
+    """Convert a text; return the bytes of the JSON file and the finished process."""
     (here / "data" / f"gsm_{split}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     done = convert(here, "gsm_icot.py", split)
     assert done.returncode == 0, done.stderr
@@ -54,14 +54,14 @@ def gsm(here, text, split="valid"):
     ("A line\u2028separator?||<<1+1=2>> #### 2", ("A line\u2028separator?", ["<<1+1=2>>"], "2")),
 ])  # fmt: skip
 def test_gsm_line(here, line, item):
-    """Each odd case, as json.dump writes it: keys in the official order, non-ASCII escaped."""
+    """Each special case is converted as json.dump writes it: keys in the official order, non-ASCII escaped."""
     expected = [dict(zip(("question", "steps", "answer"), item, strict=True))]
     assert gsm(here, line + "\n")[0] == json.dumps(expected).encode()
 
 
 def test_gsm_many_lines_equal_one_json_dump(here):
     lines = [f"How many is {i}?||<<{i}+1={i + 1}>> #### {i + 1}" for i in range(50)]
-    converted, done = gsm(here, "\r\n".join(lines))  # no newline at the end, Windows' line ends
+    converted, done = gsm(here, "\r\n".join(lines))  # Windows line ends, and no newline after the last line
     expected = [
         {"question": f"How many is {i}?", "steps": [f"<<{i}+1={i + 1}>>"], "answer": f"{i + 1}"} for i in range(50)
     ]
@@ -69,7 +69,7 @@ def test_gsm_many_lines_equal_one_json_dump(here):
     assert "50 items" in done.stdout and names(here) == ["gsm_valid.json", "gsm_valid.txt"]
 
 
-def test_gsm_line_without_answer_is_converted_as_officially_and_told(here):
+def test_gsm_line_without_answer_is_converted_with_a_warning(here):
     converted, done = gsm(here, "A?||<<1+1=2>> #### 2\nB?||<<1+1=2>> 2\n")
     assert json.loads(converted)[1]["answer"] == "B?||<<1+1=2>> 2"
     assert "1 lines have no '##'" in done.stderr and "line 2" in done.stderr
@@ -81,7 +81,7 @@ def test_gsm_line_without_answer_is_converted_as_officially_and_told(here):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0a39\nsize 87805358\n", "a Git LFS pointer (73 bytes)"),
     (b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n", "a web page (HTML"),
     (b"fine?||<<1+1=2>> #### 2\n" + b"no bars\n" * 12, "12 have no '||'"),
-    (b"Caf\xe9?||<<1+1=2>> #### 2\n", "not utf-8"),
+    (b"Caf\xe9?||<<1+1=2>> #### 2\n", "not UTF-8"),
 ])  # fmt: skip
 def test_gsm_unusable_file(here, content, message):
     if content is not None:
@@ -92,7 +92,7 @@ def test_gsm_unusable_file(here, content, message):
     assert names(here) == ([] if content is None else ["gsm_train.txt"])
 
 
-def test_gsm_lists_ten_lines_and_the_rest_by_number(here):
+def test_gsm_lists_ten_lines_and_counts_the_others(here):
     (here / "data" / "gsm_valid.txt").write_text("no bars\n" * 12)
     message = convert(here, "gsm_icot.py", "valid").stderr
     assert message.count("'no bars'") == 10 and "... and 2 more" in message and "line 10" in message
@@ -146,7 +146,7 @@ def test_prontoqa_steps_are_pairs_of_sentences_and_splits_keep_the_order(here):
     assert splits(here)["test"] == json.dumps(items["test"]).encode()
 
 
-def test_prontoqa_other_number_is_told(here):
+def test_prontoqa_other_number_of_examples_gives_a_warning(here):
     done = prontoqa(here, {"example1": raw_example(1, sentences=4)})
     assert done.returncode == 0
     assert "holds 1 examples" in done.stderr and "train 1, valid 0, test 0" in done.stderr
@@ -180,7 +180,7 @@ def test_prontoqa_unusable_file(here, raw, message):
 
 @needs_data
 def test_prontoqa_first_fifty_raw_items(here):
-    """The sum is that of the three official rules applied to these 50 items, restated apart from this code."""
+    """The sum was computed by a separate implementation of the three official rules."""
     shutil.copyfile(Path(DATA) / "prontoqa_raw_first50.json", here / "data" / "5hop_0shot_random.json")
     assert convert(here, "prontoqa.py").returncode == 0
     digest = hashlib.sha256(splits(here)["train"]).hexdigest()
@@ -189,7 +189,7 @@ def test_prontoqa_first_fifty_raw_items(here):
 
 @needs_data
 def test_prontoqa_official_validation_file_from_its_raw_form(here):
-    """The official converted split, taken apart into raw examples again, converts into its own bytes."""
+    """The official split, turned back into raw examples, is converted to the same bytes."""
     official = (Path(DATA) / "prontoqa_valid.json").read_bytes()
     raw = {}
     for number, item in enumerate(json.loads(official), 1):
@@ -207,7 +207,7 @@ def test_prontoqa_official_validation_file_from_its_raw_form(here):
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-def broken_off():
+def interrupted():
     yield {"question": "first"}
     raise KeyboardInterrupt
 
@@ -219,7 +219,7 @@ def test_interrupted_writing_leaves_the_earlier_file(here, monkeypatch):
     path = here / "data" / "some.json"
     assert write_json([{"a": 1}, {"b": 2}], path) == 2
     with pytest.raises(KeyboardInterrupt):
-        write_json(broken_off(), path)
+        write_json(interrupted(), path)
     assert path.read_text() == '[{"a": 1}, {"b": 2}]' and names(here) == ["some.json"]
 
 
@@ -231,7 +231,10 @@ def test_nothing_to_write_is_an_empty_list(here, monkeypatch):
     assert (here / "new folder" / "some.json").read_text() == "[]"
 
 
-@pytest.mark.parametrize("script", ["gsm_icot.py", "prontoqa.py", "datafiles.py"])
-def test_help(here, script):
+@pytest.mark.parametrize("safe_path", ["", "1"])
+@pytest.mark.parametrize("script", ["gsm_icot.py", "prontoqa.py", "datafiles.py", "prosqa.py", "chains.py"])
+def test_help_from_another_folder(here, script, safe_path, monkeypatch):
+    """With PYTHONSAFEPATH=1 Python does not put the script's folder on sys.path."""
+    monkeypatch.setenv("PYTHONSAFEPATH", safe_path)
     done = convert(here, script, "--help")
     assert done.returncode == 0 and "usage" in done.stdout and names(here) == []

@@ -1,4 +1,4 @@
-"""ProsQA's generator: every problem sound, splits disjoint, statistics as officially, options checked."""
+"""ProsQA's generator: every problem is sound, splits are disjoint, statistics are the official ones, options work."""
 
 import functools
 import hashlib
@@ -16,12 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "preprocessing" / "prosqa.py"
 KEYS = ["question", "answer", "steps", "idx_to_symbol", "edges", "root", "target", "neg_target"]
 SMALL = ("--train", "40", "--valid", "10", "--test", "10")
-PEOPLE = ["Alex", "Bob", "Carol", "Davis", "Eva", "Fae", "Gabriel", "Jack", "Max", "Oliver", "Polly", "Rex", "Sally"]
-PEOPLE += ["Sam", "Stella", "Tom", "Wren"]
+PEOPLE = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
 
-# statistic: (mean, standard deviation), from 800 official items. Where DATA.md's table gives no deviation it is that
-# of the 300 official validation items. Characters stand for GPT-2 tokens (359.5 officially), so that no tokenizer is
-# needed: their figures are those of the validation items too.
+# statistic: (mean, standard deviation), from 800 official items. Some deviations, and both figures of the characters,
+# are from the 300 official validation items. Characters replace GPT-2 tokens (mean 359.5), so that the test needs no
+# tokenizer.
 OFFICIAL = {
     "nodes": (22.81, 1.99),
     "edges": (36.00, 5.75),
@@ -32,7 +31,7 @@ OFFICIAL = {
     "leaves": (7.367, 1.603),
     "question characters": (936.7, 146.6),
 }
-# The exact figures of the official validation file, against which measure() itself is checked.
+# The exact figures of the official validation file, which check measure() itself.
 OFFICIAL_VALID = {
     "nodes": 22.82, "edges": 36.26, "steps": 3.7533, "shortest paths": 1.6133, "root is node 1": 0.65,
     "people": 2.5133, "leaves": 7.4233, "question characters": 936.73,
@@ -47,7 +46,7 @@ def generate(folder, *options):
 
 
 def made(folder, *options, prefix="prosqa_generated"):
-    """{split: items} of a run that must succeed."""
+    """Run the script, which must succeed; return {split: items}."""
     done = generate(folder, *options)
     assert done.returncode == 0, done.stderr
     files = {split: folder / "data" / f"{prefix}_{split}.json" for split in ("train", "valid", "test")}
@@ -56,7 +55,7 @@ def made(folder, *options, prefix="prosqa_generated"):
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """2,000 training, 300 validation and 100 test problems of the default recipe."""
+    """Generate 2,000 training, 300 validation and 100 test problems with the default options."""
     return made(tmp_path_factory.mktemp("prosqa"), "--train", 2000, "--valid", 300, "--test", 100)
 
 
@@ -71,7 +70,7 @@ def children(item):
 
 
 def breadth_first(item, root):
-    """Distances from root, by a queue, and the number of shortest paths to every node reached."""
+    """Return the distance from root and the number of shortest paths of each reachable node, by a queue."""
     following, distance, ways, queue = children(item), {root: 0}, Counter({root: 1}), deque([root])
     while queue:
         node = queue.popleft()
@@ -85,12 +84,12 @@ def breadth_first(item, root):
 
 
 def without(item, side):
-    """Nodes with no incoming (side 1) or no outgoing (side 0) edge."""
+    """Return the nodes without incoming edges (side 1) or without outgoing edges (side 0)."""
     return set(range(len(item["idx_to_symbol"]))) - {edge[side] for edge in item["edges"]}
 
 
 def read_english(item):
-    """(facts, root, options, answered name, steps as pairs) from the words alone."""
+    """Parse (facts, root, options, answer, steps) from the text alone."""
     *facts, query = item["question"][:-1].split(". ")
     words = query.split()
     assert words[0] == "Is" and words[2] == "a" and words[4] == "or" and item["question"].endswith("?")
@@ -115,12 +114,12 @@ def symbolic_fact(item, parent, node):
 
 
 def check_item(item, hops, read=read_english, fact=english_fact):
-    """Everything that makes a problem sound."""
+    """Check that a problem is well formed and has one right answer."""
     assert list(item) == KEYS
     names, root, target, distractor = (item[key] for key in KEYS[3:4] + KEYS[5:])
     facts, asked, options, answered, steps = read(item)
     assert len(set(names)) == len(names)
-    assert sorted(facts) == sorted(fact(item, *edge) for edge in item["edges"])  # one fact an edge, in the right words
+    assert sorted(facts) == sorted(fact(item, *edge) for edge in item["edges"])  # one fact per edge, in the right words
     assert (asked, answered, options) == (names[root], names[target], {names[target], names[distractor]})
     assert len(options) == 2 and root in (0, 1)
     assert set(steps) <= set(facts)
@@ -180,7 +179,7 @@ def official_valid():
 
 
 def measure(items):
-    """{statistic: its value for every item}."""
+    """Return {statistic: its values for all items}."""
     return {
         "nodes": [len(item["idx_to_symbol"]) for item in items],
         "edges": [len(item["edges"]) for item in items],
@@ -230,7 +229,7 @@ def test_shortest_path_is_drawn_evenly():
     assert all(abs(count - 1000) < 110 for count in seen.values())  # 4 standard deviations
 
 
-# ---- the official file, where it is at hand -----------------------------------------------------------------------
+# ---- the official file, where it is available -----------------------------------------------------------------------
 
 
 needs_data = pytest.mark.skipif(
@@ -271,7 +270,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
 
 
 def test_bytes_do_not_change_between_versions(tmp_path):
-    """A pinned sum: a change of the recipe or of Python's random numbers must not go unnoticed."""
+    """A pinned sum: a change of the recipe or of Python's random numbers must fail a test."""
     made(tmp_path, *SMALL)
     assert digests(tmp_path)["prosqa_generated_valid.json"] == VALID_SUM
 
@@ -345,7 +344,7 @@ def test_readme_says_generated_and_gives_a_command_that_repeats(tmp_path):
 def test_names_of_the_official_files_are_never_written(tmp_path):
     made(tmp_path, *SMALL)
     assert not list((tmp_path / "data").glob("prosqa_t*")) and not list((tmp_path / "data").glob("prosqa_v*"))
-    assert not list((tmp_path / "data").glob(".*"))  # no temporary file stays
+    assert not list((tmp_path / "data").glob(".*"))  # no temporary file is left
 
 
 def test_a_split_of_zero_writes_no_file(tmp_path):

@@ -8,15 +8,13 @@ import sys
 import pytest
 from conftest import ROOT, tiny_item
 
-import cpu_blas  # noqa: F401  before mlx
+from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 
-import checkpoint as ckpt
-import gpt2
-import run
-import streams
-import train
+from training import checkpoint as ckpt
+from training import step, trainer
+from models import gpt2
 from coconut import Coconut
 from config import FIELDS, load_config
 
@@ -125,23 +123,23 @@ def test_checkpoints_say_where_they_come_from(finished):
     for number in (1, 2, 3):
         folder = tiny.runs / "tiny" / f"checkpoint_{number}"
         assert names(folder) == {"model.safetensors", "config.json", "coconut.json"}
-        record = ckpt.read_record(folder)
+        record = ckpt.read_metadata(folder)
         assert (record["epoch"], record["stage"], record["method"]) == (number, number - 1, "coconut")
         assert {"python", "mlx", "numpy"} <= set(record["versions"])
         assert record["config"]["num_epochs"] == 3
 
 
 def test_the_first_batch_is_there_to_read(finished):
-    """One token a line: id, label, text. Labels are -100 or the id; the answer and its end are labelled."""
+    """One token a line: id, label, text. Labels are -100 or the id; the answer and its end are labeled."""
     tiny, _ = finished
     lines = (tiny.runs / "tiny" / "first_batch.txt").read_text(encoding="utf-8").splitlines()
     tokens = [line.split(" ", 2) for line in lines if not line.startswith("=")]
     assert len(tokens) >= 4 * 30
     assert all(label in ("-100", identity) for identity, label, _ in tokens)
-    labelled = [text for _, label, text in tokens if label != "-100"]
-    assert labelled.count("'<|endoftext|>'") == 4
-    assert labelled.count("'###'") == 4
-    assert "'<|latent|>'" not in labelled
+    labeled = [text for _, label, text in tokens if label != "-100"]
+    assert labeled.count("'<|endoftext|>'") == 4
+    assert labeled.count("'###'") == 4
+    assert "'<|latent|>'" not in labeled
 
 
 def test_the_screen_tells_what_runs_and_how_it_went(finished):
@@ -316,7 +314,7 @@ def test_the_batch_size_of_evaluation_does_not_matter(evaluate):
 def test_a_dry_run_checks_everything_and_writes_nothing(tiny, call_main):
     outcome = call_main(tiny.config(num_epochs=3), "--dry-run")
     assert outcome.status == 0, outcome.err
-    assert "2 optimiser steps an epoch, of 4 items each" in outcome.out
+    assert "2 optimizer steps an epoch, of 4 items each" in outcome.out
     assert "nothing was written" in outcome.out
     assert call_main(tiny.config(train_path=tiny.folder / "nowhere.json"), "--dry-run").status == 2
     assert not tiny.runs.exists()
@@ -382,11 +380,13 @@ def test_help_into_a_closed_pipe_is_no_traceback():
 def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_path):
     """grad_checkpoint, dropout on: bit for bit the losses of a run on one stream without it."""
     monkeypatch.setenv("COCONUT_STREAMS", "1")
-    monkeypatch.setenv(streams.WIDTH, streams.MLX_DEFAULT_WIDTH)
-    for module in (run, streams):
-        monkeypatch.setattr(module, "streams", lambda: [mx.default_stream(mx.default_device())])
     recomputed = []
-    monkeypatch.setattr(gpt2, "checkpoint", lambda block: recomputed.append(block) or nn.utils.checkpoint(block))
+
+    def noted(block, function):
+        recomputed.append(block)
+        return nn.utils.checkpoint(block, function)
+
+    monkeypatch.setattr(gpt2, "checkpoint", noted)
     losses = []
     for name, again in (("plain", False), ("again", True)):
         assert not recomputed
@@ -409,7 +409,7 @@ def test_a_run_in_bfloat16(shared_tiny, call_main, monkeypatch, tmp_path):
     """What a GPU does, done on CPU: another loss than float32's but near, float32 in the checkpoint."""
     losses = []
     for number, dtype in enumerate((mx.float32, mx.bfloat16)):
-        for module in (run, train):
+        for module in (step, trainer):
             monkeypatch.setattr(module, "compute_dtype", lambda _, dtype=dtype: dtype)
         outcome = call_main(shared_tiny.config(save_path=tmp_path, name=str(number), bf16=True, num_epochs=1))
         assert outcome.status == 0, outcome.err

@@ -1,108 +1,133 @@
-"""The house rules that a reader relies on: who may import whom, and what comes first."""
+"""The rules that a reader relies on: which room may import which, what comes first, and how large things are."""
 
 import ast
+import statistics
 import sys
 from functools import cache
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-COMMANDS = {"run", "export", "describe", "demo"}
-UPPER = {"plan", "plot"}  # run.py's own helpers, which may use the middle; plot is a command too
-MIDDLE = {"train", "evaluation", "dataset", "checkpoint", "weights", "metrics"}
-BOTTOM = {
-    "stopping",
-    "coconut",
-    "gpt2",
-    "config",
-    "tokenizer",
-    "examples",
-    "utils",
-    "cpu_blas",
-    "token_data",
-    "token_cache",
-    "loss",
-    "streams",
-    "processes",
-}
+# From the top floor down: a room imports from the floors below it and from itself.
+FLOORS = [
+    {"scripts", "benchmarks"},
+    {"run"},
+    {"training"},
+    {"dataset"},
+    {"coconut"},
+    {"models"},
+    {"parallel", "config", "text"},
+    {"utils"},
+    {"startup", "methods"},
+]
+# The same inside training/.
+TRAINING = [
+    {"trainer", "dry_run"},
+    {"setup"},
+    {"resume"},
+    {"checkpoint", "step", "evaluation", "metrics", "curves"},
+]
+FOLDERS = ("models", "text", "training", "parallel", "startup", "scripts", "benchmarks", "preprocessing")
+FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])
+COMMANDS = ["run", *(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))]
 
 
 @cache
 def imports(path: Path) -> list[str]:
-    """Names of all modules a file imports, in order, also inside functions; `a.b` counts as `a`."""
+    """Dotted names of all modules a file imports, in order, also inside functions; `from a import b` gives a.b."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.lineno, node.module or ""))
-    return [name.split(".")[0] for _, name in sorted(found)]
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return [name for _, name in sorted(found, key=lambda pair: pair[0])]
 
 
-def ours(module: str) -> set[str]:
-    return set(imports(MODULES[module])) & set(MODULES)
+def room(path: Path) -> str:
+    return path.stem if path.parent == ROOT else path.parent.name
 
 
-def test_every_module_has_its_place():
-    """A new module must be put into one of the storeys above."""
-    assert set(MODULES) - COMMANDS == UPPER | MIDDLE | BOTTOM
+def floor(name: str, floors: list[set[str]]) -> int:
+    return next((number for number, names in enumerate(floors) if name in names), -1)
 
 
-def test_upper_modules_are_used_by_run_and_the_demo_alone():
-    assert all(ours(module) <= MIDDLE | BOTTOM for module in UPPER)
-    assert not [module for module in set(MODULES) - {"run", "demo"} if ours(module) & UPPER]
+def test_every_file_has_its_room():
+    """A new folder or root file must be put on a floor above; the root keeps at most eight files."""
+    assert {room(path) for path in FILES} - {"preprocessing"} == set().union(*FLOORS)
+    assert len(list(ROOT.glob("*.py"))) <= 8
+    assert {path.stem for path in (ROOT / "training").glob("[a-z]*.py")} == set().union(*TRAINING)
 
 
-@pytest.mark.parametrize("module", sorted(MIDDLE))
-def test_middle_modules_do_not_import_each_other(module):
-    assert ours(module) <= BOTTOM
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = floor(room(path), FLOORS)
+    for name in imports(path):
+        other = name.split(".")[0]
+        if other == room(path) or floor(other, FLOORS) < 0 or room(path) == "preprocessing":
+            continue
+        assert floor(other, FLOORS) > own, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("module", sorted(BOTTOM))
-def test_bottom_modules_import_only_the_bottom(module):
-    assert ours(module) <= BOTTOM
+@pytest.mark.parametrize("path", sorted((ROOT / "training").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_inside_training_imports_go_one_way(path):
+    for name in imports(path):
+        first, _, module = name.partition(".")
+        module = module.split(".")[0]
+        if first == "training":
+            assert floor(module, TRAINING) > floor(path.stem, TRAINING), f"{path} imports {name}"
 
 
-def test_the_bottom_has_no_cycles_and_stands_on_leaves():
-    order = list(TopologicalSorter({module: ours(module) for module in BOTTOM}).static_order())
-    assert set(order) == BOTTOM
-    assert ours("utils") == {"stopping"}
-    assert not ours("stopping") | ours("cpu_blas"), "leaves import nothing of ours"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_startup_belongs_to_entry_points(path):
+    """Libraries do not import it for its effect (utils asks signals whether to be silent) and set no variable."""
+    found = {name for name in imports(path) if name.startswith("startup")}
+    if room(path) in ("models", "text", "training", "parallel", "coconut", "dataset", "config", "methods"):
+        assert not found
+    if room(path) != "startup":
+        text = path.read_text(encoding="utf-8")
+        assert "os.environ[" not in text.replace("os.environ[name]", "") and "environ.setdefault" not in text
 
 
-def test_nothing_imports_a_command_but_the_demo_and_its_benchmark():
-    """demo.py trains through run.py, demo_seeds.py reads what the demo has trained."""
-    folders = ("preprocessing", "benchmarks")
-    files = [*MODULES.values(), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
-    found = {(file.name, name) for file in files for name in imports(file) if name in COMMANDS}
-    assert found == {("demo.py", "run"), ("demo_seeds.py", "demo")}
-
-
-@pytest.mark.parametrize("command", sorted(COMMANDS | {"plot"}))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_first_of_all_sees_to_ctrl_c(command):
-    """Before the slow imports; the scripts in preprocessing/ leave it to datafiles.py, which they import first."""
-    assert imports(MODULES[command])[0] == "stopping"
-    assert "    stopping.at_once()" in MODULES[command].read_text(encoding="utf-8")
+    """Before the slow imports; the scripts in preprocessing/ leave it to datafiles.py."""
+    path = ROOT / ("run.py" if command == "run" else f"scripts/{command}.py")
+    assert imports(path)[0].startswith("startup.") and "startup.signals" in imports(path)[:2]
+    assert "    signals.at_once()" in path.read_text(encoding="utf-8")
     for script in ROOT.glob("preprocessing/*.py"):
-        assert script.stem == "datafiles" or imports(script)[0] == "datafiles", script
-
-
-def test_cpu_blas_comes_before_mlx():
-    """A module that imports mlx imports cpu_blas (or one of ours that does) first, else MLX keeps its slow BLAS."""
-
-    def brings_it(name: str) -> bool:
-        return name == "cpu_blas" or (name in MODULES and "mlx" in imports(MODULES[name]))
-
-    for path in [*MODULES.values(), *ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("preprocessing/**/*.py")]:
-        names = imports(path)
-        if "mlx" in names:
-            assert any(brings_it(name) for name in names[: names.index("mlx")]), path
-    assert sum("mlx" in imports(path) for path in MODULES.values()) >= 5
+        first = next(name for name in imports(script) if name not in ("os", "sys"))
+        assert script.stem == "datafiles" or first.startswith("datafiles"), script
 
 
 def test_module_names_shadow_no_installed_package():
+    names = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
     shadowed = {"mlx", "numpy", "tiktoken", "tqdm", "yaml", "torch", "transformers", "datasets", "evaluate", "wandb"}
-    assert not set(MODULES) & (shadowed | set(sys.stdlib_module_names))
+    assert not names & (shadowed | set(sys.stdlib_module_names))
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    trees = ((path, ast.parse(path.read_text(encoding="utf-8"))) for path in FILES)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [
+        (f"{path.name}:{node.name}", node) for path, tree in trees for node in ast.walk(tree) if isinstance(node, kinds)
+    ]
+
+
+def test_functions_are_short():
+    lengths = sorted(node.end_lineno - node.lineno + 1 for _, node in functions())
+    assert statistics.median(lengths) <= 8
+    assert lengths[len(lengths) * 9 // 10] <= 20
+    assert lengths[-1] <= 50
+
+
+def test_no_function_takes_more_than_six_arguments():
+    """`self` is not counted."""
+    for name, node in functions():
+        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
+        assert len(arguments) <= 6, (name, arguments)
+
+
+def test_run_reads_like_the_experiment():
+    assert (ROOT / "run.py").read_text(encoding="utf-8").count("\n") <= 160

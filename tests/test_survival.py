@@ -12,18 +12,18 @@ import pytest
 from survival import SETTINGS, Trial, differences
 
 import run as run_module
-from checkpoint import Position, prune
+from training.resume import prune
 from config import Config
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run (three epochs, a new optimiser each), and the seconds it took."""
+    """An uninterrupted run (three epochs, a new optimizer each), and the seconds it took."""
     trial = Trial(tmp_path_factory.mktemp("survival") / "whole", SETTINGS["every epoch anew"])
     return trial, trial.finish()
 
 
-@pytest.mark.parametrize("name", ["optimiser kept", "mixed stages"])
+@pytest.mark.parametrize("name", ["optimizer kept", "mixed stages"])
 def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
     """SIGKILL at random moments; `python tests/survival.py` does this at length for every setting."""
     uninterrupted, killed = Trial(tmp_path / "whole", SETTINGS[name]), Trial(tmp_path / "killed", SETTINGS[name])
@@ -49,7 +49,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, t
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
     assert "Traceback" not in output
-    assert "To go on: python run.py" in output
+    assert "To resume: python run.py" in output
     written = [record["train/step"] for record in map(json.loads, lines(trial)) if "train/step" in record]
     position = json.loads(next(trial.run_dir.glob("state_*/coconut.json")).read_text())["position"]
     assert position["epoch"] * 10 + position["step"] >= len(written) - 1, "steps were lost"
@@ -59,7 +59,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, t
 
 def test_a_second_signal_stops_at_once(tmp_path):
     """Without waiting for the step."""
-    trial = Trial(tmp_path / "twice", SETTINGS["optimiser kept"] | {"num_epochs": 200})
+    trial = Trial(tmp_path / "twice", SETTINGS["optimizer kept"] | {"num_epochs": 200})
     process = trial.start()
     wait_for(lambda: lines(trial), process)
     process.send_signal(signal.SIGINT)
@@ -71,7 +71,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 def test_a_second_process_on_the_same_directory_refuses(tmp_path):
     """While the first one works on, undisturbed."""
-    trial = Trial(tmp_path / "busy", SETTINGS["optimiser kept"] | {"num_epochs": 200})
+    trial = Trial(tmp_path / "busy", SETTINGS["optimizer kept"] | {"num_epochs": 200})
     first = trial.start()
     try:
         wait_for(lambda: lines(trial), first)
@@ -183,7 +183,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_cannot_hold_the_run_is_refused_early(small_disk, tmp_path):
     """Before anything is written, with the sizes."""
-    trial = Trial(tmp_path / "full", SETTINGS["optimiser kept"] | {"save_path": str(small_disk), "num_epochs": 30})
+    trial = Trial(tmp_path / "full", SETTINGS["optimizer kept"] | {"save_path": str(small_disk), "num_epochs": 30})
     output, _ = (process := trial.start()).communicate(timeout=60)
     assert process.returncode == 2
     assert "keep_checkpoints" in output
@@ -192,7 +192,7 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_early(small_disk, tmp_path):
 
 def test_a_full_disk_leaves_the_last_state_intact_and_the_run_can_go_on(small_disk, tmp_path):
     """Filled by something else in mid-run: a clear message, status 1; after making room the same bits as ever."""
-    keys = SETTINGS["optimiser kept"] | {"num_epochs": 2, "keep_checkpoints": 1}
+    keys = SETTINGS["optimizer kept"] | {"num_epochs": 2, "keep_checkpoints": 1}
     undisturbed = Trial(tmp_path / "undisturbed", keys)
     undisturbed.finish()
     trial = Trial(tmp_path / "full", keys | {"save_path": str(small_disk)})
@@ -219,7 +219,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(kept, best, left, tmp_path
         (run_dir / f"checkpoint_{epoch}").mkdir(parents=True)
     (run_dir / "checkpoint_1.safetensors").write_bytes(b"the older port's")
     config = Config(save_path=str(tmp_path), name="run", val_path="x", cot=True, keep_checkpoints=kept)
-    prune(config, Position(epoch=5, best_epoch=best))
+    prune(config, best)
     assert {int(path.name.split("_")[1]) for path in run_dir.iterdir() if path.is_dir()} == left
     assert (run_dir / "checkpoint_1.safetensors").exists()
 

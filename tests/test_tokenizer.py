@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: where it is found, what it does to text, and what it says of damaged files."""
+"""GPT-2's tokenizer: where it is found, how it encodes text, and its errors for damaged files."""
 
 import json
 import types
@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import tiktoken
 
-import tokenizer as tokenizer_module
-from tokenizer import GPT2_PATTERN, Tokenizer, dump_tiktoken, load_tokenizer
+from text import tokenizer as tokenizer_module
+from text.tokenizer import GPT2_PATTERN, Tokenizer, dump_tiktoken, load_tokenizer
 from utils import UserError
 
 TEXTS = [
@@ -24,24 +24,24 @@ BYTE_CHARACTERS = {byte: character for character, byte in tokenizer_module._byte
 
 
 def spelled(token: bytes) -> str:
-    """A token in Hugging Face's printable spelling."""
+    """A token in Hugging Face's spelling, one printable character per byte."""
     return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
 def split_of(token: bytes, ranks: dict) -> tuple[bytes, bytes]:
-    """The two tokens whose merge made this one: byte-pair encoding it with the earlier merges alone leaves two."""
+    """The two tokens that merge into this one: byte-pair encoding with the earlier merges only leaves these two."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [left + right for left, right in pairwise(parts)]
-        rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairs))
+        rank, index = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairs))
         assert rank < ranks[token]
-        parts[place : place + 2] = [pairs[place]]
+        parts[index : index + 2] = [pairs[index]]
     return parts[0], parts[1]
 
 
 @pytest.fixture(scope="session")
 def hugging_face_files(tokenizer):
-    """(vocab.json, merges.txt, tokenizer.json) of GPT-2 as Hugging Face writes them, made from the ranks."""
+    """The contents of GPT-2's vocab.json, merges.txt and tokenizer.json as Hugging Face writes them."""
     ranks = tokenizer.ranks
     vocab = {spelled(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
     tokens = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
@@ -60,15 +60,16 @@ def write_small(path, ranks):
     return path
 
 
-def refuse(*arguments):
+def refuse(name):
+    """tiktoken.get_encoding without a network."""
     raise OSError("no network")
 
 
 # Ids and text
 
 
-def test_ids_are_gpt2s_and_the_markers_follow(tokenizer):
-    assert (tokenizer.n_words, tokenizer.eos_id) == (50256, 50256)
+def test_ids_are_gpt2s_and_special_tokens_follow(tokenizer):
+    assert (len(tokenizer.ranks), tokenizer.eos_id) == (50256, 50256)
     assert (tokenizer.start_id, tokenizer.end_id, tokenizer.latent_id) == (50257, 50258, 50259)
     assert (tokenizer.vocab_size, tokenizer.prototype_id) == (50260, 16791)
     assert tokenizer.encode("Hello world\n### 42") == [15496, 995, 198, 21017, 5433]
@@ -79,18 +80,18 @@ def test_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("marker", ["<|endoftext|>", "<|start-latent|>", "<|end-latent|>", "<|latent|>"])
-def test_special_tokens_spelled_out_are_plain_text(tokenizer, marker):
-    ids = tokenizer.encode(f"a {marker} b")
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|start-latent|>", "<|end-latent|>", "<|latent|>"])
+def test_names_of_special_tokens_in_text_are_plain_text(tokenizer, name):
+    ids = tokenizer.encode(f"a {name} b")
     assert max(ids) < tokenizer.eos_id
-    assert tokenizer.decode(ids) == f"a {marker} b"
+    assert tokenizer.decode(ids) == f"a {name} b"
 
 
-def test_decoding_leaves_out_markers_and_unused_ids(tokenizer):
+def test_decoding_leaves_out_special_tokens_and_unused_ids(tokenizer):
     assert tokenizer.decode([15496, 50257, 50259, 50258, 50256, 60000, 995]) == "Hello world"
 
 
-def test_half_a_character_becomes_a_replacement(tokenizer):
+def test_half_a_character_becomes_the_replacement_character(tokenizer):
     half = tokenizer.encode("👍")[:1]
     assert tokenizer.decode(half) == "\ufffd"
 
@@ -108,11 +109,11 @@ def test_spelling_of_single_tokens(tokenizer):
 
 
 def test_word_list(tmp_path):
-    """Bytes first, then the words; a word in mid-sentence has its space; anything else is spelled in bytes."""
+    """Bytes first, then the words; a word inside a sentence includes its space; other words are one token per byte."""
     path = tmp_path / "words.json"
     path.write_text(json.dumps(["What", " is", "###", "é", "###"]), encoding="utf-8")
     words = load_tokenizer(str(path))
-    assert (words.n_words, words.vocab_size, words.source) == (260, 264, str(path))
+    assert (len(words.ranks), words.vocab_size, words.source) == (260, 264, str(path))
     assert words.encode("What is is") == [256, 257, 257]
     assert words.encode("is") == [ord("i"), ord("s")]
     assert words.encode("é") == [259]
@@ -127,8 +128,8 @@ def test_tiktoken_file(tmp_path, small_ranks):
     assert small.encode("### a") == [257, 32, 97]
 
 
-def test_a_vocabulary_file_that_changed_is_read_anew(tmp_path, small_ranks):
-    """tiktoken's loader keeps what it once read under a path in a cache."""
+def test_a_changed_vocabulary_file_is_read_again(tmp_path, small_ranks):
+    """tiktoken's own loader would return its cached copy of the old file."""
     path = write_small(tmp_path / "small.tiktoken", small_ranks)
     assert load_tokenizer(str(path)).vocab_size == 263
     write_small(path, small_ranks | {b">>": 259})
@@ -154,7 +155,7 @@ def test_hugging_face_folder_gives_gpt2s_ids(files, hugging_face_files, tokenize
 
 
 def test_order_of_sources(tmp_path, small_ranks, monkeypatch):
-    """The key, then the model's folder, then tiktoken, then mlx-whisper's copy, then an error that says how."""
+    """The key, the model's folder, tiktoken, mlx-whisper's copy; without any of these, an error that lists them."""
     folder, package = tmp_path / "model", tmp_path / "mlx_whisper"
     folder.mkdir()
     (package / "assets").mkdir(parents=True)
@@ -180,8 +181,8 @@ def test_order_of_sources(tmp_path, small_ranks, monkeypatch):
         load_tokenizer(None)
 
 
-def test_a_download_that_is_not_the_vocabulary_is_passed_over(monkeypatch):
-    """A portal's login page in place of the file: tiktoken finds a wrong hash and raises ValueError."""
+def test_a_download_that_is_not_the_vocabulary_is_ignored(monkeypatch):
+    """A network's login page instead of the file: tiktoken finds a wrong hash and raises ValueError."""
 
     def mismatch(name):
         raise ValueError("Hash mismatch for data downloaded from ...")
@@ -253,8 +254,8 @@ def test_damaged_folder_is_one_error_that_names_it(name, tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_named_file_or_folder_that_holds_nothing(tmp_path):
+def test_named_file_or_folder_without_a_vocabulary(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.tiktoken does not exist"):
         load_tokenizer(str(tmp_path / "nowhere.tiktoken"))
-    with pytest.raises(UserError, match=r"holds neither vocab\.json"):
+    with pytest.raises(UserError, match=r"contains neither vocab\.json"):
         load_tokenizer(str(tmp_path))

@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import export
-from checkpoint import best_checkpoint
-from coconut import visible
+from scripts import export
+from training.resume import best_checkpoint
 from config import Config
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 from utils import UserError
-from weights import canonical, find_source, load_model, read_tensors
+from models.loading import find_source, load_gpt2
+from models.weights import canonical, read_tensors
 
 torch = pytest.importorskip("torch", reason="needs torch to make the files of the official code")
 transformers = pytest.importorskip("transformers", reason="needs transformers as the reference")
@@ -52,12 +52,10 @@ def torch_logits(model):
 
 def our_logits(config, words):
     tokenizer = load_tokenizer(str(words))
-    model = load_model(find_source(config), config, tokenizer)
-    model.eval()
+    model = load_gpt2(find_source(config), config, tokenizer).eval()
     ids = mx.array(IDS)
-    positions = mx.broadcast_to(mx.arange(ids.shape[1]), ids.shape)
-    hidden, _ = model.transformer(model.transformer.embed(ids), positions, visible(mx.ones(ids.shape, dtype=mx.bool_)))
-    return np.array(model.transformer.logits(hidden))
+    cache = model.make_cache(mx.ones(ids.shape, dtype=mx.bool_), mx.zeros(len(ids), dtype=mx.int32))
+    return np.array(model.logits(model(model.embed(ids), cache)))
 
 
 def make_config(words, method="coconut", **keys):
@@ -167,7 +165,7 @@ def test_missing_markers_start_as_copies_of_the_double_angle(words, tmp_path, re
     path = write(tmp_path, named_tensors(reference), "safetensors", reference)
     tokenizer = load_tokenizer(str(words))
     config = make_config(words, load_model_path=str(path))
-    table = np.array(load_model(find_source(config), config, tokenizer).transformer.wte.weight)
+    table = np.array(load_gpt2(find_source(config), config, tokenizer).wte.weight)
     original = reference.transformer.wte.weight.detach().numpy()
     np.testing.assert_array_equal(table[: len(original)], original)
     if len(original) == 258:
@@ -182,7 +180,7 @@ def test_a_repository_id_is_found_in_the_hub_cache_offline(reference, words, tmp
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     code = (
-        "import sys; from config import Config; from weights import find_source\n"
+        "import sys; from startup import blas; from config import Config; from models.loading import find_source\n"
         "named = dict(model_id='someone/tiny', model_revision=eval(sys.argv[1]))\n"
         "c = Config(save_path='x', name='x', val_path='x', cot=True, **named)\n"
         "print(find_source(c).weights)"
@@ -258,7 +256,7 @@ def test_a_run_directory_stands_for_its_best_checkpoint_of_the_last_stage(traine
 
 
 def write_record(folder, record):
-    import checkpoint
+    from training import checkpoint
 
     checkpoint._seal(record)
     (folder / "coconut.json").write_text(json.dumps(record))
@@ -316,4 +314,4 @@ def test_a_run_directory_of_the_official_code_is_resumed(tmp_path, capsys):
     assert run.main([str(trial.folder / "trial.yaml"), f"save_path={official.parent}"]) == 0
     ours, expected = (read_tensors(folder / "checkpoint_3") for folder in (official, trial.run_dir))
     assert all(mx.array_equal(ours[name], expected[name]).item() for name in expected)
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out

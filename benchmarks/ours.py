@@ -1,0 +1,36 @@
+"""This project's side of the benchmarks: model, streams, and facts about the process. Only workers import it.
+
+Import it before anything else that imports mlx: it loads OpenBLAS.
+"""
+
+import argparse
+
+import workload  # noqa: F401  puts the repository's root on the path
+
+from startup import blas, settings
+
+import mlx.core as mx
+
+from coconut import Coconut
+from models.gpt2 import GPT2, GPT2Config
+from parallel.streams import use_streams
+
+
+def new_model(options: argparse.Namespace) -> Coconut:
+    """Make a model of the given size with random weights."""
+    mx.random.seed(0)
+    shape = GPT2Config(
+        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
+    )
+    return Coconut(GPT2(shape))
+
+
+def start_streams(n: int) -> None:
+    """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n."""
+    if use_streams(str(n)) > 1:
+        settings.lift_graph_width()
+
+
+def facts() -> dict:
+    """Return the BLAS and the peak memory of MLX in GB."""
+    return {"blas": blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)}

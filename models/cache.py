@@ -1,0 +1,83 @@
+"""The key-value cache of one layer, with the three members that mlx-lm's models ask for.
+
+`offset`, `make_mask` and `update_and_fetch` are all that an attention layer needs to know about the columns before it,
+so a model takes (embeddings, cache) and no positions or masks. B rows, S columns, H heads, Dh = width of a head.
+
+The cache is functional: arrays are replaced and never written to, so gradients flow through it.
+"""
+
+import mlx.core as mx
+
+State = tuple[mx.array, mx.array] | None  # keys and values, each [B, H, S, Dh]; None before the first pass
+
+
+class Columns:
+    """The columns of a batch, shared by the caches of all layers.
+
+    attention_mask [B, S] bool: False on padding, also for columns that are still to come. padding [B] int: the padding
+    columns in front of a row's next token, so that the token in column s has position s - padding.
+    """
+
+    def __init__(self, attention_mask: mx.array, left_padding: mx.array):
+        self.attention_mask, self.padding = attention_mask, left_padding
+
+    def end_prompt(self, next_position: mx.array) -> None:
+        """Continue behind the last column, where each row's next token has `next_position` [B] int."""
+        self.padding = self.attention_mask.shape[1] - next_position
+
+    def append_token(self) -> None:
+        """One more column, a token in every row."""
+        token = mx.ones((self.attention_mask.shape[0], 1), dtype=mx.bool_)
+        self.attention_mask = mx.concatenate([self.attention_mask, token], axis=1)  # [B, S + 1]
+
+    def select(self, rows: mx.array) -> None:
+        """Keep these rows alone; rows [b] int."""
+        self.attention_mask, self.padding = self.attention_mask[rows], self.padding[rows]
+
+
+class LayerCache:
+    """Keys and values of one layer for the columns seen so far."""
+
+    def __init__(self, columns: Columns, state: State = None):
+        self.columns, self.state = columns, state
+
+    @property
+    def n_columns(self) -> int:
+        """Columns seen so far."""
+        return 0 if self.state is None else self.state[0].shape[2]
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of each row's next column [B] int; negative where that column is padding on the left."""
+        return self.n_columns - self.columns.padding
+
+    def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
+        """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to padding.
+
+        Always an array, whatever return_array says, because only an array can hold padding. Raises ValueError for a
+        sliding window: it has to be measured in positions, and GPT-2 has none.
+        """
+        if window_size is not None:
+            raise ValueError(f"window_size {window_size}: this cache knows no sliding windows")
+        end = self.n_columns + n_new
+        queries, keys = mx.arange(self.n_columns, end), mx.arange(end)
+        return (queries[:, None] >= keys)[None, None] & self.columns.attention_mask[:, None, None, :end]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append a pass's keys and values [B, H, T, Dh]; returns those of all columns [B, H, S + T, Dh]."""
+        if self.state is not None:
+            keys = mx.concatenate([self.state[0], keys], axis=2)
+            values = mx.concatenate([self.state[1], values], axis=2)
+        self.state = keys, values
+        return self.state
+
+    def select(self, rows: mx.array) -> None:
+        """Keep these rows alone; rows [b] int. The shared columns are selected apart."""
+        keys, values = self.state
+        self.state = keys[rows], values[rows]
+
+
+def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
+    """An empty cache for each layer, before the first column; attention_mask [B, S] bool, left_padding [B] int."""
+    columns = Columns(attention_mask, left_padding)
+    return [LayerCache(columns) for _ in range(n_layers)]

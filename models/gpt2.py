@@ -1,0 +1,206 @@
+"""GPT-2 in MLX, with the names and the weight layout of Hugging Face's files (Conv1D: [in, out]).
+
+The thought loop needs three verbs of it: `embed(ids)`, `__call__(embeddings, cache)` and `logits(hidden)`. Shapes: B
+rows, T columns of this pass, S columns with the cache's, D = n_embd, H = n_head, Dh = D / H.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.utils import checkpoint
+
+from models.cache import LayerCache, make_cache
+from models.ops import Dropout, attention, gelu_new, random_keys
+
+Keys = list[mx.array | None]  # random keys of a block's three dropouts; None where nothing is dropped
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The keys of Hugging Face's config.json that shape the model; defaults are GPT-2 small."""
+
+    vocab_size: int = 50_257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    activation_function: str = "gelu_new"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GPT2Config":
+        """The keys that we know of a config.json's content; raises ValueError for what this GPT-2 cannot do."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        config = cls(**{name: value for name, value in values.items() if name in names})
+        if values.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(f"model_type: expected gpt2, found {values['model_type']}")
+        _check_numbers(config)
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        if config.activation_function != "gelu_new":
+            raise ValueError(f"activation_function: expected gelu_new, found {config.activation_function}")
+        for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+            if values.get(name):
+                raise ValueError(f"{name}: not supported")
+        return config
+
+    def to_dict(self) -> dict:
+        """The content of a config.json that `transformers` opens as GPT2LMHeadModel."""
+        eos = min(self.vocab_size - 1, 50_256)
+        fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
+        return fixed | dataclasses.asdict(self)
+
+
+def _check_numbers(config: GPT2Config) -> None:
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+        value = getattr(config, name)
+        if not (isinstance(value, int) and value >= 1) and not (name == "n_inner" and value is None):
+            raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"{name}: expected a number from 0 to below 1, found {value!r}")
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is kept as [in, out], the layout of GPT-2's files."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = mx.zeros((n_in, n_out))
+        self.bias = mx.zeros((n_out,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias, x, self.weight)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over this pass's columns and the cache's."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_dropout = Dropout(config.attn_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
+
+    def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
+        """x [B, T, D], mask bool [B, 1, T, S] -> [B, T, D]; the cache grows by T columns."""
+        B, T, D = x.shape
+        parts = mx.split(self.c_attn(x), 3, axis=-1)  # q, k, v: [B, T, D] each
+        q, k, v = (part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3) for part in parts)  # [B, H, T, Dh]
+        k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
+        out = attention(q, k, v, mask, self.attn_dropout, keys[0])  # [B, H, T, Dh]
+        out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
+        return self.resid_dropout(self.c_proj(out), keys[1])
+
+
+class MLP(nn.Module):
+    """The two feed-forward layers of a block."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(config.n_embd, inner)
+        self.c_proj = Conv1D(inner, config.n_embd)
+        self.dropout = Dropout(config.resid_pdrop)
+
+    def __call__(self, x: mx.array, key: mx.array | None) -> mx.array:
+        return self.dropout(self.c_proj(gelu_new(self.c_fc(x))), key)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
+        x = x + self.attn(self.ln_1(x), mask, cache, keys[:2])
+        return x + self.mlp(self.ln_2(x), keys[2])
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its tied output layer; fresh weights are drawn from mx.random as GPT-2's were."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = Dropout(config.embd_pdrop)
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.grad_checkpoint = False
+        self._initialize()
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token embeddings without positions: ids [B, T] -> [B, T, D]."""
+        return self.wte(ids)
+
+    def make_cache(self, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
+        """An empty cache for each block; attention_mask [B, S] bool of all columns to come, left_padding [B] int."""
+        return make_cache(len(self.h), attention_mask, left_padding)
+
+    def __call__(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
+        """Run one pass behind the columns of the cache, which grows by T.
+
+        embeddings [B, T, D] -> the hidden states AFTER the final layer norm [B, T, D].
+        """
+        T = embeddings.shape[1]
+        positions = cache[0].offset[:, None] + mx.arange(T)  # [B, T]
+        positions = mx.clip(positions, 0, self.config.n_positions - 1)  # padding, and rows whose answer has ended
+        mask = cache[0].make_mask(T)
+        n_keys = 1 + 3 * len(self.h)
+        keys = random_keys(n_keys) if self.training else [None] * n_keys
+        x = self.drop(embeddings + self.wpe(positions), keys.pop())
+        recompute = self.grad_checkpoint and self.training
+        for i, (block, layer_cache) in enumerate(zip(self.h, cache, strict=True)):
+            run = partial(_run_and_recompute, block) if recompute else block
+            x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
+        return self.ln_f(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The product with the tied embedding: [..., D] -> [..., vocabulary]."""
+        return self.wte.as_linear(hidden)
+
+    def _initialize(self) -> None:
+        """Normal weights of initializer_range; those that end a residual branch are smaller by sqrt(2 n_layer)."""
+        std = self.config.initializer_range
+        layers = [self.wte, self.wpe]
+        residual = []
+        for block in self.h:
+            layers += [block.attn.c_attn, block.mlp.c_fc]
+            residual += [block.attn.c_proj, block.mlp.c_proj]
+        for layer in layers:
+            layer.weight = mx.random.normal(layer.weight.shape) * std
+        for layer in residual:
+            layer.weight = mx.random.normal(layer.weight.shape) * (std / math.sqrt(2 * self.config.n_layer))
+
+
+def _run_and_recompute(block: Block, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
+    """Run a block without keeping its activations; the backward pass computes them again (mx.checkpoint).
+
+    mx.checkpoint calls the function twice, so the cache's arrays go in and out of it as arguments.
+    """
+
+    def run(x, mask, state, keys):
+        own = LayerCache(cache.columns, state)
+        return block(x, mask, own, keys), own.state
+
+    x, cache.state = checkpoint(block, run)(x, mask, cache.state, keys)
+    return x

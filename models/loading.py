@@ -1,0 +1,144 @@
+"""Which model a run starts from, and building it: weights that fit, special-token rows.
+
+Precedence of the source: a checkpoint of the run directory > load_model_path > model_id > fresh weights of
+model_config_path's size. A tensor that is missing, left over, of another shape or not finite is an error that names it.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from config import Config
+from models.gpt2 import GPT2, GPT2Config
+from models.weights import Tensors, canonical, read_tensors
+from text.reader import raise_if_any
+from text.tokenizer import Tokenizer
+from utils import UserError, say
+
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json"]
+PREFIX = "transformer."  # of every parameter's name in Hugging Face's GPT2LMHeadModel files
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: its weights (None: fresh ones), its shape, and the folder that may hold a tokenizer."""
+
+    weights: Path | None
+    gpt2: GPT2Config
+    folder: Path | None
+
+    def __str__(self) -> str:
+        return str(self.weights) if self.weights else "fresh random weights"
+
+
+def find_source(config: Config, checkpoint: Path | None = None) -> Source:
+    """Decide what to load, without loading it. Raises UserError where a named thing is not there."""
+    named = checkpoint or (Path(config.load_model_path) if config.load_model_path else None)
+    if named is not None and not named.exists():
+        raise UserError(f"load_model_path: {named} does not exist")
+    if config.model_config_path and not Path(config.model_config_path).exists():
+        raise UserError(f"model_config_path: {config.model_config_path} does not exist")
+    beside = named if named is None or named.is_dir() else named.parent
+    shape = next((f for f in (beside, config.model_config_path) if f and _config_file(Path(f)).is_file()), None)
+    folder = None
+    if config.model_id and (named is None or shape is None):
+        folder = _model_folder(config)
+    if shape is None:
+        shape = config.model_config_path or folder
+    if shape is None:
+        raise UserError(f"{named}: no config.json beside it says the model's size; name one with model_config_path")
+    return Source(named or folder, _read_gpt2_config(_config_file(Path(shape))), folder or beside)
+
+
+def load_gpt2(source: Source, config: Config, tokenizer: Tokenizer) -> GPT2:
+    """Build the model and fill it. Special tokens that the weights lack start from `<<` where the method uses them.
+
+    Raises UserError that lists every tensor that does not fit.
+    """
+    if source.weights is None:
+        mx.random.seed(config.seed)
+        std = config.initializer_range or source.gpt2.initializer_range
+        return GPT2(replace(source.gpt2, vocab_size=tokenizer.vocab_size, initializer_range=std))
+    tensors = canonical(read_tensors(source.weights), source.weights)
+    if "transformer.wte.weight" in tensors:
+        embedding = _with_special_tokens(tensors["transformer.wte.weight"], config, tokenizer, source)
+        tensors["transformer.wte.weight"] = embedding
+        n_rows = embedding.shape[0]
+    else:
+        n_rows = source.gpt2.vocab_size
+    model = GPT2(replace(source.gpt2, vocab_size=n_rows))
+    _check_fit(tensors, model, source.weights)
+    model.load_weights([(name.removeprefix(PREFIX), tensor) for name, tensor in tensors.items()], strict=True)
+    mx.eval(model.parameters())
+    return model
+
+
+def _config_file(path: Path) -> Path:
+    return path / "config.json" if path.is_dir() else path if path.suffix == ".json" else Path("")
+
+
+def _read_gpt2_config(path: Path) -> GPT2Config:
+    try:
+        return GPT2Config.from_dict(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the model's configuration ({error.strerror})") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not GPT-2's config.json: {error}") from error
+
+
+def _model_folder(config: Config) -> Path:
+    """The local folder of model_id, fetched into huggingface_hub's cache where it is a repository's name."""
+    if Path(config.model_id).is_dir():
+        return Path(config.model_id)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model_id):
+        raise UserError(f"model_id: {config.model_id} is neither a folder nor a Hugging Face repository id")
+    from huggingface_hub import snapshot_download  # slow to import, and most runs name a local folder or checkpoint
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(config.model_id, revision=config.model_revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model_id: {config.model_id} is not a local folder, not in Hugging Face's cache, and could not be fetched "
+            f"({reason:.300}). Check the name and the network, or name a folder with config.json and model.safetensors"
+        ) from error
+
+
+def _with_special_tokens(embedding: mx.array, config: Config, tokenizer: Tokenizer, source: Source) -> mx.array:
+    """The token embedding with a row for every token the method uses (official run.py)."""
+    if embedding.ndim != 2:
+        raise UserError(f"{source}: transformer.wte.weight has shape {embedding.shape}, expected [vocabulary, n_embd]")
+    rows, without, complete = embedding.shape[0], tokenizer.eos_id + 1, tokenizer.vocab_size
+    if rows >= complete or (rows == without and not config.method.special_tokens):
+        return embedding
+    if rows != without:
+        raise UserError(
+            f"{source}: its vocabulary has {rows:,} rows; the tokenizer ({tokenizer.source}) needs {without:,}, or "
+            f"{complete:,} with the three special tokens. Is it another tokenizer's model?"
+        )
+    if tokenizer.prototype_id is None:
+        raise UserError(
+            f"{source}: has no rows for the three special tokens, and the vocabulary has no `<<` to start them from"
+        )
+    say("the three special tokens start from the embedding of `<<`")
+    row = embedding[tokenizer.prototype_id][None]
+    return mx.concatenate([embedding, row, row, row], axis=0)
+
+
+def _check_fit(tensors: Tensors, model: GPT2, path: Path) -> None:
+    expected = {PREFIX + name: parameter for name, parameter in tree_flatten(model.parameters())}
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not a parameter of GPT-2" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            continue
+        if tensor.shape != expected[name].shape:
+            problems.append(f"{name} has shape {tensor.shape}, expected {expected[name].shape}")
+        elif not mx.isfinite(tensor).all().item():
+            problems.append(f"{name} holds values that are not finite")
+    raise_if_any(problems, f"{path}: the weights do not fit the model, ")

@@ -1,0 +1,156 @@
+"""The operations that a training step spends its time in: cross-entropy, GELU, dropout and attention with dropout.
+
+On a CPU they are written by hand, because it was measured: MLX's own are slower there, and its cross-entropy is
+inexact. On a GPU the library's are taken where they are as exact. Shapes: B rows, H heads, T queries, S keys, Dh = width
+of a head, N labels, V = vocabulary.
+"""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from parallel.streams import on_gpu
+
+LOG2_E = math.log2(math.e)
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+QUERY_BLOCK = 128  # queries that attention computes at a time
+SUM_BLOCK = 256  # terms that a long float32 sum adds before it adds the sums
+
+
+def exp(x: mx.array) -> mx.array:
+    """e ** x. On a CPU mx.power(2, x) takes 3 ns an element and mx.exp 9."""
+    return mx.exp(x) if on_gpu() else mx.power(2.0, x * LOG2_E)
+
+
+def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    """Negative log-likelihood of each label: logits [N, V] float32, labels [N] in 0..V-1 -> [N]."""
+    return nn.losses.cross_entropy(logits, labels) if on_gpu() else _exact_cross_entropy(logits, labels)
+
+
+@mx.custom_function
+def _exact_cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    # On a CPU nn.losses.cross_entropy adds a row's 50,260 terms one after the other and is wrong by 1e-4.
+    # The backward pass recomputes the softmax, so the logits are the only [N, V] array that is kept.
+    highest = logits.max(axis=-1, keepdims=True)  # [N, 1]
+    return (highest[:, 0] + mx.log(_row_sums(exp(logits - highest)))) - _logit_of(logits, labels)
+
+
+@_exact_cross_entropy.vjp
+def _cross_entropy_vjp(primals, cotangent, losses):
+    logits, labels = primals
+    log_sum = losses + _logit_of(logits, labels)  # [N]
+    gradient = exp(logits - log_sum[:, None]) * cotangent[:, None]  # [N, V]
+    return gradient.at[mx.arange(len(labels)), labels].add(-cotangent), mx.zeros_like(labels)
+
+
+def _logit_of(logits: mx.array, labels: mx.array) -> mx.array:
+    return mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def _row_sums(x: mx.array) -> mx.array:
+    """Sum of each row of a contiguous [N, V] -> [N], by blocks and then over the blocks."""
+    n_rows, n_columns = x.shape
+    n_blocks = n_columns // SUM_BLOCK
+    blocks = mx.as_strided(x, (n_rows, n_blocks, SUM_BLOCK), (n_columns, SUM_BLOCK, 1))
+    return blocks.sum(axis=-1).sum(axis=-1) + x[:, n_blocks * SUM_BLOCK :].sum(axis=-1)
+
+
+def gelu_new(x: mx.array) -> mx.array:
+    """GPT-2's tanh approximation of GELU, element by element."""
+    return nn.gelu_approx(x) if on_gpu() else _gelu_and_gate(x)[0]
+
+
+@mx.custom_function
+def _gelu_and_gate(x: mx.array):
+    # x * sigmoid(2 u), the same function: one power (3 ns an element) in place of a tanh (15) and a cube by power.
+    # The gate is an output so that the backward pass need not compute it again.
+    gate = 1 / (1 + mx.power(2.0, x * (-LOG2_E * GELU_SLOPE * (1 + 0.044715 * (x * x)))))
+    return x * gate, gate
+
+
+@_gelu_and_gate.vjp
+def _gelu_vjp(x, cotangents, outputs):
+    gate = outputs[1]
+    slope = GELU_SLOPE * (1 + (3 * 0.044715) * (x * x))
+    return cotangents[0] * (gate * (1 + x * (1 - gate) * slope))
+
+
+def random_keys(n: int) -> list[mx.array]:
+    """Draw n keys from MLX's random state."""
+    key = mx.random.randint(-(2**31), 2**31 - 1, (2,)).view(mx.uint32)
+    return list(mx.random.split(key, n))
+
+
+def dropout_mask(key: mx.array, shape: tuple[int, ...], rate: float) -> mx.array:
+    """bool of this shape, False with probability `rate` to the nearest 65,536th.
+
+    16 random bits decide each element; mx.random.bernoulli takes 32.
+    """
+    n = math.prod(shape)
+    key = mx.stop_gradient(key)  # mx.checkpoint differentiates with respect to every argument of a block
+    bits = mx.random.split(key, -(-n // 4)).reshape(-1).view(mx.uint16)
+    return bits[:n].reshape(shape) >= round(rate * 65536)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is a function of a key, so that a recomputation draws the same mask again."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self._rate = rate
+
+    @property
+    def rate(self) -> float:
+        """The rate in effect: 0 after eval()."""
+        return self._rate if self.training else 0.0
+
+    def __call__(self, x: mx.array, key: mx.array | None) -> mx.array:
+        return x * dropout_mask(key, x.shape, self.rate) * (1 / (1 - self.rate)) if self.rate else x
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dropout, key: mx.array | None):
+    """Scaled dot-product attention with dropout on its weights.
+
+    q [B, H, T, Dh], k and v [B, H, S, Dh], mask bool [B, 1, T, S] and causal -> [B, H, T, Dh].
+    """
+    scale, rate = q.shape[-1] ** -0.5, dropout.rate
+    if not rate and (q.shape[2] == 1 or on_gpu()):  # MLX's fused attention has no dropout and is slow on CPU
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    q, v = q * scale, v * (1 / (1 - rate))
+    n_queries, n_cached = q.shape[2], k.shape[2] - q.shape[2]
+    starts = range(0, n_queries, QUERY_BLOCK)
+    keys = mx.random.split(key, len(starts)) if rate else [None] * len(starts)
+    out = []
+    for start, block_key in zip(starts, keys, strict=True):
+        end = min(start + QUERY_BLOCK, n_queries)
+        seen = n_cached + end  # causal: queries in this block attend to keys up to `seen`
+        shape = (*q.shape[:2], end - start, seen)
+        keep = dropout_mask(block_key, shape, rate) if rate else mx.array(True)
+        out.append(_attend(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], mask[:, :, start:end, :seen], keep)[0])
+    return mx.concatenate(out, axis=2)
+
+
+@mx.custom_function
+def _attend(q, k, v, mask, keep):
+    """(softmax(q k^T) * keep) v over one block -> ([B, H, T, Dh], weights [B, H, T, S]).
+
+    The softmax is float32 for any input. A gradient of its own halves its time on CPU.
+    """
+    lowest = mx.finfo(mx.float32).min  # not -inf: a row that may attend to nothing gives no NaN
+    scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32) + mx.where(mask, 0, lowest)  # [B, H, T, S]
+    weights = exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return (weights * keep).astype(v.dtype) @ v, weights
+
+
+@_attend.vjp
+def _attend_vjp(primals, cotangents, outputs):
+    q, k, v, mask, keep = primals
+    out, weights = outputs
+    gradient = cotangents[0]  # [B, H, T, Dh]
+    dropped = weights * keep
+    mean = (gradient * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
+    to_scores = (dropped * (gradient @ v.swapaxes(-1, -2)) - weights * mean).astype(q.dtype)  # [B, H, T, S]
+    to_k, to_v = to_scores.swapaxes(-1, -2) @ q, dropped.astype(q.dtype).swapaxes(-1, -2) @ gradient  # [B, H, S, Dh]
+    return to_scores @ k, to_k, to_v, mx.zeros_like(mask), mx.zeros_like(keep)

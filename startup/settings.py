@@ -1,0 +1,20 @@
+"""Environment variables that the project sets. A value that the user has set stays."""
+
+import os
+
+
+def default(**variables: str) -> None:
+    """Set environment variables that are not set yet."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def lift_graph_width() -> None:
+    """Let MLX work on several CPU streams at the same time; call it before the first evaluation.
+
+    MLX starts operations breadth-first over the whole graph, so that every stream has work, but only while the graph
+    is at most MLX_BFS_MAX_WIDTH (20) operations wide. In a wider graph it goes depth-first: it finishes one chunk
+    before it starts the next, and the other streams wait. A wide order costs memory, because weight gradients come
+    last and keep activations alive until then; with one stream it gains nothing.
+    """
+    default(MLX_BFS_MAX_WIDTH="1000000")

@@ -1,0 +1,52 @@
+"""Handle Ctrl-C and SIGTERM at any moment: no traceback and no half-written file. A command begins with
+
+    from startup import signals
+
+    if __name__ == "__main__":
+        signals.at_once()  # before the slow imports
+
+The handler ends the process. Python's own handler raises KeyboardInterrupt instead, which can surface inside a
+library's import, in a destructor or during shutdown, where Python prints a traceback or raises another error.
+"""
+
+import _signal as signal  # the C module behind `signal`, which would import enum: a few ms without our handler
+import os
+
+unfinished: set[str] = set()  # temporary files that the handler removes
+silent = False  # True in all processes but one of a distributed run (utils.silence)
+
+
+def at_once() -> None:
+    """End the process at either signal from now on.
+
+    A signal that is ignored stays ignored: shells start the background commands of a script without Ctrl-C.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def announce(text: str) -> None:
+    """Print a line to stderr from a signal handler, without sys.stderr, which may be in the middle of a write."""
+    if silent:
+        return
+    _try(os.write, 2, f"\n{text}\n".encode() if os.isatty(2) else f"{text}\n".encode())
+
+
+def _end(number: int, frame) -> None:
+    """Remove temporary files and die of the signal itself, so that a shell loop over commands ends too."""
+    signal.signal(number, signal.SIG_IGN)
+    for path in list(unfinished):
+        _try(os.unlink, path)
+    if number == signal.SIGINT:
+        announce("interrupted")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _try(function, *arguments) -> None:
+    """Call the function; ignore OSError, because a missing file or a closed stderr must not keep the process alive."""
+    try:
+        function(*arguments)
+    except OSError:
+        return

@@ -1,0 +1,124 @@
+"""Pictures of runs: what they show, and the messages for bad input."""
+
+import json
+
+import pytest
+
+from scripts.plot import main
+from training.curves import make_figure, read_curves
+
+
+def logged(folder, stages, first_epoch=1, max_latent_stage=None, trained=True):
+    """A run's directory with one epoch per stage, and a config.yaml if max_latent_stage is given."""
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch, stage in enumerate(stages, start=first_epoch):
+        if trained:
+            index = 2 * (epoch - 1)
+            lines += [
+                {"train/epoch": epoch, "train/step": index + i, "train/loss": 1.0, "stage": stage} for i in range(2)
+            ]
+        lines.append({"eval/loss": 1.0, "eval/acc": 0.5, "epoch": epoch, "stage": stage})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    if max_latent_stage is not None:
+        (folder / "config.yaml").write_text(f"max_latent_stage: {max_latent_stage}\n")
+    return folder
+
+
+def stage_texts(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_stages_past_max_latent_stage_are_one(tmp_path):
+    """They all train the same sequences: no steps, the most thoughts."""
+    run = logged(tmp_path / "gsm", [1, 2, 3, 4, 5, 5, 6], max_latent_stage=3)
+    assert read_curves(run).stages == [("1", 0), ("2", 1), ("3", 2), ("4+", 3)]
+    assert stage_texts(make_figure([read_curves(run)])) == ["stage 1", "stage 2", "stage 3", "stage 4+"]
+
+
+def test_lines_that_are_not_records_are_skipped(tmp_path):
+    """Truncated by a power failure, or written by other programs."""
+    path = logged(tmp_path / "run", [0, 1]) / "metrics.jsonl"
+    whole = read_curves(path)
+    first, *others = path.read_bytes().splitlines()
+    path.write_bytes(
+        b"\n".join([b'{"eval/acc": 1', b"\xff\x00", b"[1]", b"{}", first, b"", b"7", *others, others[0][:30]])
+    )
+    assert read_curves(path) == whole
+
+
+@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n"])
+def test_without_a_config_every_stage_is_shown_as_logged(config, tmp_path):
+    run = logged(tmp_path / "run", [0, 1, 2])
+    if config is not None:
+        (run / "config.yaml").write_bytes(config)
+    assert read_curves(run).stages == [("0", 0), ("1", 1), ("2", 2)]
+
+
+def test_the_axis_begins_where_the_run_did(tmp_path):
+    """With `resume: 3` the first epoch is the fourth."""
+    run = logged(tmp_path / "resumed", [1, 1, 2], first_epoch=4)
+    assert make_figure([read_curves(run)]).axes[1].get_xlim() == (3, 6)
+
+
+@pytest.mark.parametrize("epoch", [0, 25])
+def test_an_evaluation_alone_is_a_point_with_space_around_it(epoch, tmp_path):
+    run = logged(tmp_path / "evaluated", [0], first_epoch=epoch, trained=False)
+    figure = make_figure([read_curves(run)])
+    assert figure.axes[1].get_xlim() == (epoch - 0.5, epoch + 0.5)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["validation"]
+
+
+def test_narrow_stages_show_only_numbers_and_only_if_they_fit(tmp_path):
+    """Fifty epochs with six short stages; the numbers of sixty stages would overlap."""
+    run = logged(tmp_path / "narrow", [*range(6), *[6] * 44])
+    assert stage_texts(make_figure([read_curves(run)])) == ["stage", *map(str, range(7))]
+    many = logged(tmp_path / "many", range(60))
+    assert stage_texts(make_figure([read_curves(many)])) == ["stage", *map(str, range(10))]
+
+
+def test_stages_are_marked_only_where_the_runs_agree_on_them(tmp_path):
+    """An unfinished run and a run without stages agree with the others."""
+    whole, part, flat, other = (
+        read_curves(logged(tmp_path / name, stages))
+        for name, stages in {"whole": [0, 0, 1, 2], "part": [0, 0, 1], "flat": [0] * 4, "other": [0, 1, 1, 2]}.items()
+    )
+    assert stage_texts(make_figure([part, whole, flat])) == ["stage 0", "stage 1", "stage 2"]
+    assert stage_texts(make_figure([whole, other])) == []
+
+
+def test_the_legend_tells_the_runs_apart_and_covers_nothing(tmp_path, monkeypatch):
+    """Names are shown literally, equal names as paths, and the legend is below the panels."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/coconut", "b/coconut", "_$x_$y"):
+        logged(tmp_path / name, [0, 1])
+    seen = []
+    monkeypatch.setattr("scripts.plot.draw", lambda runs, path: seen.append(make_figure(runs)))
+    assert main(["a/coconut", "b/coconut/metrics.jsonl", "_$x_$y"]) == 0
+    figure = seen[0]
+    figure.draw_without_rendering()
+    names = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    assert names == ["a/coconut", "b/coconut/metrics.jsonl", "_$x_$y"]
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+
+
+BAD = {
+    "nothing": "is nothing a run's directory?",
+    "empty": "holds no losses yet",
+    "run -o picture.gif": "expected a name that ends in .png, .pdf, .svg",
+    "run -o absent/picture.png": "absent/picture.png: cannot write it (No such file or directory)",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    logged(tmp_path / "run", [0])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").write_text('{"half a li')
+    assert main(words.split()) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert BAD[words] in message

@@ -1,0 +1,236 @@
+"""Find data sets of {question, steps, answer} items, read them and check every item.
+
+A data set is a JSON list or a JSON Lines file, plain or gzipped, or what the optional package `datasets` opens: a local
+folder (`FOLDER` or `FOLDER:split`) or a data set of the Hub (`ORG/NAME:split`). The format of a file is recognized by
+its content, not by its name.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from text.tokenizer import SPECIAL_TOKENS
+from utils import UserError, can_redraw
+
+KEYS = ("question", "answer", "steps")
+SHOWN = 10  # problems listed in one message
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Example(NamedTuple):
+    """One item of a data set, as text."""
+
+    question: str
+    steps: list[str]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is not parsed yet: the bytes of a file, or the rows that `datasets` returned."""
+
+    path: str
+    content: bytes | list[dict]
+
+    def digest(self) -> str:
+        """SHA-256 of the content: equal digests mean equal examples."""
+        content = self.content if isinstance(self.content, bytes) else json.dumps(self.content, default=repr).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def examples(self, limit: int | None = None) -> list[Example]:
+        """Parse and check the first `limit` items (default: all). Keys besides question, steps and answer are ignored.
+
+        Raises UserError that names the file and up to ten problems, each with the item's index and key.
+        """
+        items = _parse(self.path, self.content) if isinstance(self.content, bytes) else self.content
+        if not items:
+            raise UserError(f"{self.path}: the list is empty; at least one item is needed")
+        items = items[:limit]
+        found = [f"item {index}: {problem}" for index, item in enumerate(items) for problem in _problems(item)]
+        raise_if_any(found, f"{self.path}: ", f" in {len(items):,} items")
+        return [Example(item["question"], item["steps"], item["answer"]) for item in items]
+
+
+def open_source(path: str) -> Source:
+    """Read the bytes or rows of a data set; see the module for what `path` may be. Raises UserError if that fails."""
+    name, _, split = path.partition(":")  # at the first colon: a split may be a slice, train[:100]
+    if Path(path).is_dir():
+        return Source(path, _rows(path, None))
+    if name and split and not Path(path).exists() and (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
+        if Path(name).is_file():
+            raise UserError(f"{path}: {name} is a file and has no splits; leave out `:{split}`")
+        return Source(path, _rows(name, split))
+    try:
+        return Source(path, Path(path).read_bytes())
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path}: cannot read the data ({reason}); see README, section Data. A data set of the Hub is written "
+            "ORG/NAME:split"
+        ) from error
+
+
+def read_examples(path: str, limit: int | None = None) -> list[Example]:
+    """Open a data set and return its checked examples; see open_source and Source.examples."""
+    return open_source(path).examples(limit)
+
+
+def raise_if_any(problems: list[str], before: str, after: str = "") -> None:
+    """Raise UserError if there are problems: their number between `before` and `after`, then the first ten."""
+    if problems:
+        count = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
+        shown = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
+        rest = f"\n  ... and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+        raise UserError(f"{before}{count}{after}\n{shown}{rest}")
+
+
+def _parse(path: str, content: bytes) -> list:
+    """Parse the items of a JSON list or of JSON Lines, gzipped or not; the items are not checked here."""
+    text = _decode(path, content)
+    start = text.lstrip()[:1]
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if start == "{":
+        return _parse_lines(path, text)
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        raise UserError(f"{path}: not JSON ({error}){_hint(text)}") from error
+    if not isinstance(items, list):
+        raise UserError(f"{path}: expected a JSON list of items, found {_kind(items)}")
+    return items
+
+
+def _decode(path: str, content: bytes) -> str:
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # -sig: without the byte-order mark
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file ({error}); download or create it again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def _parse_lines(path: str, text: str) -> list:
+    """Parse one object per line and skip blank lines. Lines end with \\n only: JSON text may contain U+2028."""
+    items, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                items.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems and _is_json(text):
+        raise UserError(f"{path}: expected a JSON list of items (or one object per line), found one object")
+    raise_if_any(problems, f"{path}: not JSON Lines, ")
+    return items
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _hint(text: str) -> str:
+    """Say what a file that is not JSON may be."""
+    if text.startswith("version https://git-lfs"):
+        return "; this is a Git LFS pointer, not the file itself: `git lfs pull` fetches it"
+    if text.lstrip().startswith("<"):
+        return "; this looks like an HTML page, not a data set"
+    return "; expected a list of {question, steps, answer} objects, or one such object per line"
+
+
+def _problems(item) -> Iterator[str]:
+    """Yield what is wrong with one item; each problem begins with its key."""
+    if not isinstance(item, dict):
+        yield f"expected an object, found {_kind(item)}"
+        return
+    yield from (f"{key} is missing" for key in KEYS if key not in item)
+    steps = item.get("steps", [])
+    if isinstance(steps, list):
+        yield from _text_problems((f"steps[{i}]", step) for i, step in enumerate(steps))
+    else:
+        hint = "; make it a list, one text per step" if isinstance(steps, str) else ""
+        yield f"steps should be a list of text, found {_kind(steps)}{hint}"
+    yield from _text_problems((key, item[key]) for key in ("question", "answer") if key in item)
+    yield from _content_problems(item.get("question", "?"), item.get("answer", "?"))
+
+
+def _text_problems(texts: Iterable[tuple[str, object]]) -> Iterator[str]:
+    """Yield what is wrong with (key, text) pairs: not text, or text that tokens cannot represent faithfully."""
+    for key, text in texts:
+        if not isinstance(text, str):
+            hint = f'; write it as text, "{text}"' if type(text) in (int, float) else ""
+            yield f"{key} should be text, found {_kind(text)}{hint}"
+        elif "<|" in text and (names := [name for name in SPECIAL_TOKENS if name in text]):
+            yield f"{key} contains {' and '.join(names)}, reserved for special tokens; remove it from the text"
+        elif not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
+            yield f"{key} contains a lone surrogate (half a character), U+{ord(lone[0]):04X} at position {lone.start()}"
+
+
+def _content_problems(question, answer) -> Iterator[str]:
+    """Yield empty texts, and `#` in an answer: the official run.py compares only what follows the last `#`.
+
+    This is an error and not a warning because scores would be silently wrong: `C#` is read as empty and equals `F#`.
+    It is an error in training sets too: a model that learns to write `#` in answers is misread in every evaluation.
+    """
+    if isinstance(question, str) and not question.strip():
+        yield "question is empty"
+    if not isinstance(answer, str):
+        return
+    if not answer.replace(",", "").strip():  # commas are removed before answers are compared
+        yield f"answer is empty{' but for commas' if answer.strip() else ''}"
+    elif "#" in answer:
+        yield f"answer contains `#` ({answer!r:.40}), which starts an answer: only text after the last # counts"
+
+
+def _kind(value) -> str:
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}
+    name = names.get(type(value), "null" if value is None else type(value).__name__)
+    return name + (f" ({value!r:.40})" if isinstance(value, (str, int, float)) else "")
+
+
+def _rows(name: str, split: str | None) -> list[dict]:
+    """Return the rows that the package `datasets` reads, with our three columns only."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{name}: folders and data sets of the Hub need the package datasets: pip install datasets"
+        ) from error
+    if not can_redraw():
+        datasets.disable_progress_bars()
+    try:
+        found = _open_with(datasets, name, split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{name}: the package datasets cannot open it ({' '.join(str(error).split())})") from error
+    if isinstance(found, dict):
+        if len(found) > 1:
+            raise UserError(f"{name}: name one of its splits, as in {name}:{next(iter(found))} ({', '.join(found)})")
+        found = next(iter(found.values()))
+    return found.select_columns([key for key in KEYS if key in found.column_names]).to_list()
+
+
+def _open_with(datasets, name: str, split: str | None):
+    """Return a Dataset, or, if no split is named, possibly a dictionary of them."""
+    folder = Path(name)
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):  # written by save_to_disk
+        found = datasets.load_from_disk(name)
+        if split is None:
+            return found
+        if not isinstance(found, dict):
+            raise ValueError(f"it has no splits; leave out `:{split}`")
+        if split not in found:
+            raise ValueError(f"there is no split {split}; it has {', '.join(found)}")
+        return found[split]
+    return datasets.load_dataset(name, split=split)

@@ -1,0 +1,77 @@
+"""What a run would do, without doing it: `python run.py CONFIG --dry-run`."""
+
+import time
+from itertools import groupby, islice
+
+import mlx.core as mx
+
+from dataset import training_batches
+from training.setup import Run, load, output_directory, print_summary
+from training.step import TrainStep, group_batches, new_optimizer
+from utils import UserError, human_size, say
+
+
+def show_plan(config, blas: str, group) -> None:
+    """Check everything and print what would happen; writes nothing into the run directory."""
+    run, problem = None, None
+    try:
+        run = load(config, group)
+        print_summary(run, output_directory(config), blas)
+    except UserError as error:
+        problem = error
+    group.agree(problem)
+    if config.only_eval:
+        say(f"plan:  evaluate {len(run.valid):,} items once, at stage {run.curriculum.stage(config.resume)}")
+        return
+    n_items = config.batch_size_training * config.gradient_accumulation_steps * group.world_size
+    say(f"plan:  {run.steps_per_epoch:,} optimizer steps an epoch, of {n_items} items each")
+    for line in stage_lines(run):
+        say(line)
+    if run.first_epoch < config.num_epochs:
+        say(measured_step(run))
+    say("nothing was written")
+
+
+def stage_lines(run: Run) -> list[str]:
+    """One line for each stage of the curriculum: its epochs, thoughts and optimizer steps."""
+    curriculum, lines = run.curriculum, []
+    step_counts = sorted(set(run.train.tokens.n_steps.tolist()))
+    for stage, group in groupby(range(run.first_epoch, run.config.num_epochs), key=curriculum.stage):
+        epochs = [epoch + 1 for epoch in group]
+        span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+        trained = _range({curriculum.training_counts(stage, n)[1] for n in step_counts})
+        prompted = _range({curriculum.n_prompt_latents(stage, n) for n in step_counts})
+        lines.append(
+            f"  {span}: stage {stage}, {trained} thoughts in training and {prompted} in evaluation, "
+            f"{run.steps_per_epoch * len(epochs):,} steps"
+        )
+    return lines
+
+
+def measured_step(run: Run) -> str:
+    """Time and memory of one optimizer step at the first epoch's stage (the second of two: the first warms up)."""
+    mx.reset_peak_memory()
+    config, epoch = run.config, run.first_epoch
+    step = TrainStep(run.model, new_optimizer(run.model, config), config, run.group)
+    batches = training_batches(run.train.tokens, run.curriculum, epoch, run.group)
+    seconds = 0.0
+    for number, micro_batches in enumerate(islice(group_batches(batches, config), 2)):
+        started = time.perf_counter()
+        step(micro_batches, epoch, number, config.lr)
+        seconds = time.perf_counter() - started
+    total = seconds * run.steps_per_epoch * (config.num_epochs - epoch)
+    stage, memory = run.curriculum.stage(epoch), human_size(mx.get_peak_memory())
+    return (
+        f"time:  {seconds:.2f} s a step at stage {stage}, so about {_duration(total)} of training, without evaluation\n"
+        f"memory: {memory} at its peak"
+    )
+
+
+def _range(counts: set[int]) -> str:
+    return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

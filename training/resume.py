@@ -1,0 +1,239 @@
+"""The folders of a run directory: which one to resume from, whether it fits, which ones to keep."""
+
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from config import Config
+from text.tokenizer import Tokenizer
+from training.checkpoint import METADATA, TrainState, find_damage, read_metadata, remove_folder
+from utils import UserError, human_size, read_records, warn
+
+CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
+STATE = re.compile(r"^state_(\d+)_(\d+)$")
+# Keys that may change when a run is resumed; a change of any other would make it another run.
+FREE_KEYS = {
+    "project", "wandb", "save_path", "name", "num_epochs", "resume", "lr", "weight_decay", "batch_size_eval",
+    "max_new_tokens", "save_only_improve", "save_interval_minutes", "keep_checkpoints", "token_cache", "only_eval",
+    "debug", "grad_checkpoint",
+}  # fmt: skip
+BATCH_KEYS = {"batch_size_training", "gradient_accumulation_steps"}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint or state found in a run directory; metadata is empty for files of other programs."""
+
+    path: Path
+    epochs_done: int
+    metadata: dict
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it holds the optimizer and a place in the run."""
+        return "position" in self.metadata
+
+    @property
+    def state(self) -> TrainState:
+        """Where to resume: as recorded, or for a checkpoint the next epoch, with the best of metrics.jsonl."""
+        if self.is_state:
+            return TrainState(**self.metadata["position"])
+        accuracy = _accuracies(self.path.parent)
+        done = [epoch for epoch in sorted(accuracy) if epoch <= self.epochs_done and accuracy[epoch] > 0]
+        best = max(done, key=accuracy.get, default=0)
+        return TrainState(self.epochs_done, 0, accuracy.get(best, 0.0), best)
+
+    def progress(self) -> tuple:
+        """Sorts what was saved by the run's progress; at equal progress a state goes before a checkpoint."""
+        place = self.metadata.get("position", {"epoch": 0, "step": 0})
+        return self.epochs_done, self.is_state, place["epoch"], place["step"]
+
+
+def find_saved(run_dir: Path) -> Saved | None:
+    """The newest undamaged state or checkpoint of a run directory, None for a fresh run.
+
+    Damaged ones are named in a warning and skipped; names of other programs are ignored. Raises UserError where there
+    are some and all are damaged: starting over would overwrite a night's work.
+    """
+    damaged = []
+    for saved in sorted(_candidates(run_dir, damaged), key=Saved.progress, reverse=True):
+        problem = find_damage(saved.path, saved.metadata)
+        if problem is None:
+            return saved
+        _note_damage(f"{saved.path}: {problem}", damaged)
+    if damaged:
+        listed = "\n".join(f"  - {text}" for text in damaged)
+        raise UserError(f"{run_dir}: every checkpoint is damaged\n{listed}\nMove the directory away to start afresh")
+    return None
+
+
+def check_same_run(saved: Saved, config: Config, world_size: int = 1) -> list[str]:
+    """Differences to the saved run's configuration that are harmless, as text.
+
+    Raises UserError for a difference that would make it another run (method, data, model). Another number of processes
+    is none as long as a step takes the same items.
+    """
+    before, now = saved.metadata.get("config", {}), config.to_dict()
+    changed = {name: (before[name], now[name]) for name in before if name in now and before[name] != now[name]}
+    free_keys, size_before = FREE_KEYS, saved.metadata.get("processes", 1)
+    if before and size_before != world_size:
+        _check_items_per_step(saved, (before, size_before), (now, world_size))
+        free_keys = FREE_KEYS | BATCH_KEYS | {"processes"}
+        changed["processes"] = size_before, world_size
+    fatal = [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in changed.items() if name not in free_keys]
+    if fatal:
+        listed = "\n".join(f"  - {text}" for text in fatal)
+        raise UserError(
+            f"{saved.path}: belongs to a run with another configuration\n{listed}\nGive the new run another `name`"
+        )
+    noted = {name: values for name, values in changed.items() if name not in ("save_path", "name", "resume")}
+    return [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in noted.items()]
+
+
+def _check_items_per_step(saved: Saved, before: tuple[dict, int], now: tuple[dict, int]) -> None:
+    """before, now: (configuration, number of processes)."""
+    old, new = (n * keys["batch_size_training"] * keys["gradient_accumulation_steps"] for keys, n in (before, now))
+    if old != new:
+        raise UserError(
+            f"{saved.path}: {before[1]} processes took {old} items a step there (processes x batch_size_training x "
+            f"gradient_accumulation_steps), here {now[1]} would take {new}; change these keys so that the product stays"
+        )
+
+
+def check_intact(folder: Path) -> None:
+    """Raise UserError where a checkpoint of ours is not as it was written."""
+    if problem := find_damage(folder, read_metadata(folder)):
+        raise UserError(f"{folder}: {problem}; use another checkpoint")
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError where a checkpoint was trained with another vocabulary than this one."""
+    recorded = read_metadata(folder).get("tokenizer")
+    if recorded and recorded["sha256"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder}: trained with another vocabulary (from {recorded['source']}) than this run's (from "
+            f"{tokenizer.source}); name the right one with `tokenizer:`"
+        )
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of a run directory with the best validation accuracy, among those of its last stage.
+
+    Earlier stages answer with other numbers of thoughts, so their accuracy says nothing about the trained method.
+    Stages past max_latent_stage count as one: the prompts are the same. Without metrics.jsonl, the newest.
+    """
+    found = [s for s in _candidates(run_dir, []) if s.metadata and not s.is_state]
+    if not found:
+        raise UserError(f"{run_dir}: holds no checkpoint yet; train it first, or name a checkpoint")
+    accuracy = _accuracies(run_dir)
+    return max(found, key=lambda s: (_last_stage(s.metadata), accuracy.get(s.epochs_done, -1.0), s.epochs_done)).path
+
+
+def check_disk(config: Config, model_bytes: int, epochs_done: int) -> str:
+    """What the run will write, as a line for the user; raises UserError where the disk cannot hold it.
+
+    A state is the weights and AdamW's two moments; while a new one is written, the one before it is still there.
+    """
+    if config.debug or config.only_eval:
+        return ""
+    left = config.num_epochs - epochs_done
+    n_checkpoints = left if config.keep_checkpoints == "all" else min(left, config.keep_checkpoints + 1)
+    old_state = sum(f.stat().st_size for state in find_states(config.run_dir) for f in state.iterdir())
+    need = model_bytes * (2 * 3 + n_checkpoints) - old_state
+    existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if need > free:
+        raise UserError(
+            f"{config.run_dir}: the run needs up to {human_size(need)} of disk for its state and {n_checkpoints} "
+            f"checkpoints, and {human_size(free)} are free; free some, or set keep_checkpoints to a small number"
+        )
+    return f"disk:  up to {human_size(need)} wanted, {human_size(free)} free"
+
+
+def holds_training(run_dir: Path) -> bool:
+    """Whether a directory is that of a training run."""
+    return any(CHECKPOINT.match(path.name) or STATE.match(path.name) for path in run_dir.iterdir())
+
+
+def find_states(run_dir: Path) -> list[Path]:
+    """The state folders of a run directory."""
+    return [path for path in run_dir.iterdir() if STATE.match(path.name)] if run_dir.is_dir() else []
+
+
+def keep_only_state(path: Path) -> None:
+    """Remove the other, older states of the run directory."""
+    for other in find_states(path.parent):
+        if other != path:
+            remove_folder(other)
+
+
+def prune(config: Config, best_epoch: int) -> None:
+    """Remove checkpoints beyond the newest keep_checkpoints and the best."""
+    if config.keep_checkpoints == "all":
+        return
+    ours = {int(m[1]): p for p in config.run_dir.iterdir() if (m := CHECKPOINT.match(p.name)) and p.is_dir()}
+    newest = sorted(ours)[-config.keep_checkpoints :]
+    for epochs_done, path in ours.items():
+        if epochs_done not in newest and epochs_done != best_epoch:
+            remove_folder(path)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove the temporary files of a killed process."""
+    for leftover in run_dir.rglob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextmanager
+def locked(run_dir: Path):
+    """Hold the run directory for this process; raises UserError where another process holds it."""
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{run_dir}: another process is working in this directory; wait for it or choose another `name`"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
+    """Every folder and file that may be ours; those without readable metadata are added to `damaged`."""
+    found = []
+    for path in run_dir.iterdir():
+        checkpoint, state = CHECKPOINT.match(path.name), STATE.match(path.name)
+        if not (checkpoint or state):
+            continue
+        try:
+            metadata = read_metadata(path)
+        except UserError as error:
+            _note_damage(str(error), damaged)
+            continue
+        if path.is_dir() and not metadata:
+            _note_damage(f"{path}: {METADATA} is missing", damaged)
+            continue
+        found.append(Saved(path, metadata.get("epoch", int(checkpoint[1]) if checkpoint else 0), metadata))
+    return found
+
+
+def _note_damage(text: str, damaged: list[str]) -> None:
+    damaged.append(text)
+    warn(f"{text}; going back to the one before it")
+
+
+def _last_stage(metadata: dict) -> int:
+    return min(metadata["stage"], metadata["config"]["max_latent_stage"] + 1)
+
+
+def _accuracies(run_dir: Path) -> dict[int, float]:
+    """Validation accuracy by epochs done; empty without metrics."""
+    path = run_dir / "metrics.jsonl"
+    records = read_records(path) if path.is_file() else []
+    return {r["epoch"]: r["eval/acc"] for r in records if "eval/acc" in r and "epoch" in r}

@@ -1,0 +1,117 @@
+"""The optimizer and one optimizer step."""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from itertools import islice
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from coconut import Coconut
+from config import Config
+from dataset import Chunk
+from models.precision import compute_dtype, computing_in
+from parallel.distributed import ALONE, Group
+from parallel.streams import map_streams
+from utils import RunError
+
+MicroBatch = list[Chunk]
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did, on all ranks together."""
+
+    loss: float  # mean of its micro-batches' means
+    n_tokens: int  # tokens it read, without padding
+
+
+def new_optimizer(model: Coconut, config: Config) -> optim.AdamW:
+    """AdamW as torch.optim.AdamW: bias correction, weight decay on every parameter (official run.py)."""
+    optimizer = optim.AdamW(
+        config.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=config.weight_decay, bias_correction=True
+    )
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def group_batches(batches: Iterable[MicroBatch], config: Config) -> Iterator[list[MicroBatch]]:
+    """gradient_accumulation_steps micro-batches for each optimizer step; the last group of an epoch may be smaller."""
+    batches = iter(batches)
+    while group := list(islice(batches, config.gradient_accumulation_steps)):
+        yield group
+
+
+class TrainStep:
+    """One optimizer step on a group of micro-batches. All ranks take the same step: losses and gradients are summed."""
+
+    def __init__(self, model: Coconut, optimizer: optim.Optimizer, config: Config, group: Group = ALONE):
+        self.model, self.optimizer, self.config, self.group = model, optimizer, config, group
+        dtype = compute_dtype(config.bf16)
+
+        def weighted_loss(batch, loss_weight):
+            with computing_in(model, dtype):
+                return model(batch) * loss_weight
+
+        self._loss_and_gradient = nn.value_and_grad(model, weighted_loss)
+
+    def __call__(self, micro_batches: list[MicroBatch], epoch: int, number: int, learning_rate: float) -> StepResult:
+        """Take step `number` of an epoch, both counted from 0.
+
+        Dropout is a function of seed, epoch, step and rank, so a resumed run continues as if it had never stopped.
+        Raises RunError at the first loss that is not finite, before it touches the weights.
+        """
+        self.model.train()
+        mx.random.seed(dropout_seed(self.config.seed, epoch, number, self.group.rank))
+        loss, gradient = self._accumulate(micro_batches)
+        n_tokens = sum(float(c.batch.attention_mask.sum()) for chunks in micro_batches for c in chunks if c.loss_weight)
+        loss, n_tokens = self.group.all_gather(np.array([loss, n_tokens])).sum(axis=0).tolist()
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} in epoch {epoch + 1}, step {number}: training stopped, checkpoints are untouched. "
+                "A lower learning rate (lr) is the usual remedy"
+            )
+        gradient = self.group.all_sum(gradient)
+        if self.config.max_grad_norm is not None:
+            gradient = clipped(gradient, self.config.max_grad_norm)
+        self.optimizer.learning_rate = learning_rate
+        self.optimizer.update(self.model, gradient)
+        mx.eval(self.model.parameters(), self.optimizer.state)
+        return StepResult(loss, int(n_tokens))
+
+    def _accumulate(self, micro_batches: list[MicroBatch]):
+        """Mean loss of the micro-batches, and the sum of their gradients / gradient_accumulation_steps.
+
+        A smaller last group is divided by the full count too, as the official run.py does. Each micro-batch is
+        evaluated before the next is built, so that memory holds the activations of one; its chunks are evaluated
+        together.
+        """
+        n = self.config.gradient_accumulation_steps
+        losses, total = [], None
+        for chunks in micro_batches:
+            results = map_streams(
+                lambda chunk: self._loss_and_gradient(chunk.batch.to_mlx(), chunk.loss_weight), chunks
+            )
+            gradients = [tree_map(lambda g: g / n, g) if n > 1 else g for _, g in results]
+            total = reduce(lambda a, b: tree_map(mx.add, a, b), gradients if total is None else [total, *gradients])
+            loss = sum(loss for loss, _ in results)
+            mx.eval(loss, total)
+            losses.append(loss.item())
+        return sum(losses) / len(losses), total
+
+
+def clipped(gradient, max_norm: float):
+    """The gradient scaled down to max_norm where its norm over all parameters is larger (torch's clip_grad_norm_)."""
+    # Summed row by row first: on a CPU MLX adds a whole array term by term, and float32 stops counting at 2**24.
+    squares = [mx.square(g).sum(axis=-1).sum() for _, g in tree_flatten(gradient)]
+    scale = mx.minimum(1.0, max_norm / (mx.sqrt(sum(squares)) + 1e-6))
+    return tree_map(lambda g: g * scale, gradient)
+
+
+def dropout_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """A seed of MLX's random state for one step on one rank."""
+    return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])

@@ -1,0 +1,234 @@
+"""The training loop: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
+
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from dataset import describe_batch, training_batches
+from models.precision import compute_dtype, computing_in
+from parallel.distributed import parameter_digest
+from training import checkpoint, resume
+from training.checkpoint import TrainState
+from training.curves import keep_curves
+from training.evaluation import Evaluation, Evaluator
+from training.metrics import MetricLog, NoMetrics, start_wandb
+from training.setup import Run, warn_of_other_stage
+from training.step import StepResult, TrainStep, group_batches, new_optimizer
+from utils import Progress, Stopped, StopSignals, human_size, say, warn, write_json_lines, write_text
+
+REDRAW_SECONDS = 30  # between two drawings of curves.png; the last one is always drawn
+
+
+class Trainer:
+    """A run in progress: its optimizer, its place, its metrics, and the signals that stop it."""
+
+    def __init__(self, run: Run, metrics: MetricLog | NoMetrics, stop: StopSignals):
+        self.run, self.metrics, self.stop = run, metrics, stop
+        self.config, self.curriculum, self.group = run.config, run.curriculum, run.group
+        self.state = run.saved.state if run.saved else TrainState(epoch=run.config.resume)
+        self.optimizer = new_optimizer(run.model, run.config)
+        self.last_save = self.last_drawing = time.monotonic()
+        self.state_folder: Path | None = None  # the newest state on disk
+        self._resume()
+
+    @property
+    def stage(self) -> int:
+        """The scheduled stage of the epoch in progress."""
+        return self.curriculum.stage(self.state.epoch)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps checkpoints and states: rank 0, unless `debug`."""
+        return self.group.is_main and not self.config.debug
+
+    def train(self) -> None:
+        """Train from the state's place to the last epoch. Raises Stopped, after saving, where a signal asks for it."""
+        while self.state.epoch < self.config.num_epochs:
+            if self.state.step == 0 and self._resets_optimizer():
+                self.optimizer = new_optimizer(self.run.model, self.config)
+            self.train_epoch()
+            self._check_parameters()
+            self._save_checkpoint()
+            self._stop_if_asked()
+            result = evaluate(self.run, self.metrics, self.config.run_dir, self.state, self.stop)
+            self._finish_epoch(result.accuracy)
+            self._draw_now_and_then()
+            self._stop_if_asked()
+        if self.group.is_main:
+            keep_curves(self.config.run_dir)
+        say(f"done: {self.config.run_dir}")
+
+    def train_epoch(self) -> None:
+        """Train from state.step to the end of the epoch; save the state there and whenever it is due before."""
+        run, state, n_steps = self.run, self.state, self.run.steps_per_epoch
+        if state.step >= n_steps:
+            return  # resumed between training and validation
+        if state.step == 0 and self.group.is_main:
+            self._show_first_batch()
+        step = TrainStep(run.model, self.optimizer, self.config, self.group)
+        skip = state.step * self.config.gradient_accumulation_steps
+        batches = training_batches(run.train.tokens, self.curriculum, state.epoch, self.group, skip)
+        n_tokens, started, earlier = 0, time.monotonic(), state.train_seconds
+        title = f"Epoch {state.epoch + 1}/{self.config.num_epochs}, stage {self.stage}"
+        with Progress(total=n_steps, initial=state.step, desc=title, unit=" steps") as bar:
+            for micro_batches in group_batches(batches, self.config):
+                result = step(micro_batches, state.epoch, state.step, self._learning_rate())
+                self._log_step(result)
+                state.step += 1
+                n_tokens += result.n_tokens
+                seconds = time.monotonic() - started
+                state.train_seconds = earlier + seconds
+                bar.set_postfix(
+                    loss=f"{result.loss:.4f}",
+                    tokens_per_s=f"{n_tokens / seconds:,.0f}",
+                    peak_memory=human_size(mx.get_peak_memory()),
+                    refresh=False,
+                )
+                bar.update()
+                self._save_if_due()
+
+    def _resume(self) -> None:
+        """Restore the optimizer and the metrics as they were at the state's place."""
+        saved, state = self.run.saved, self.state
+        if saved:
+            say(f"resuming from {saved.path}: epoch {state.epoch + 1}, step {state.step} (the key `resume` is ignored)")
+            if saved.is_state:
+                checkpoint.load_optimizer(saved.path, self.optimizer)
+                self.state_folder = saved.path
+            elif not self._resets_optimizer():
+                warn(f"{saved.path} holds no optimizer state: AdamW starts anew, so the numbers will differ a little")
+            if state.epoch >= self.config.num_epochs:
+                say(f"all {self.config.num_epochs} epochs are done; raise num_epochs to train on")
+        self.group.barrier()  # no rank may still be reading what rank 0 removes now
+        if self.state_folder and self.group.is_main:
+            resume.keep_only_state(self.state_folder)
+        if state.metrics_bytes:
+            self.metrics.check(state.metrics_bytes, state.metrics_crc32)
+        self.metrics.rewind(state.epoch * self.run.steps_per_epoch + state.step, state.epoch)
+
+    def _resets_optimizer(self) -> bool:
+        """Whether a new optimizer is made before the epoch in progress.
+
+        The official README says "when switching training stages", its code (run.py) does it every epoch; True does
+        what the code does, `stage` what the README says.
+        """
+        epoch = self.state.epoch
+        if self.config.reset_optimizer == "stage":
+            return epoch > 0 and self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
+        return self.config.reset_optimizer is True
+
+    def _learning_rate(self) -> float:
+        """lr, or less during the first warmup_steps steps of the run."""
+        config = self.config
+        if not config.warmup_steps:
+            return config.lr
+        own_epochs = max(0, self.state.epoch - config.resume)  # those that `resume` skips were another run's
+        n_taken = own_epochs * self.run.steps_per_epoch + self.state.step
+        return config.lr * min(1.0, (n_taken + 1) / config.warmup_steps)
+
+    def _log_step(self, result: StepResult) -> None:
+        epoch, step = self.state.epoch, self.state.step
+        self.metrics.log({
+            "train/epoch": epoch + 1, "train/step": epoch * self.run.steps_per_epoch + step, "train/loss": result.loss,
+            "epoch": epoch + 1, "stage": self.stage,
+        })  # fmt: skip
+
+    def _save_if_due(self) -> None:
+        """Save the state at the epoch's end, every save_interval_minutes, and before a stop."""
+        is_last = self.state.step == self.run.steps_per_epoch
+        is_due = time.monotonic() - self.last_save >= 60 * self.config.save_interval_minutes
+        signal = self.group.any_signal(self.stop.requested)
+        if (is_last or is_due or signal) and self.writes:
+            self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
+            metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
+            self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
+            resume.keep_only_state(self.state_folder)
+            self.last_save = time.monotonic()
+        if signal:
+            self.group.barrier()  # the first rank to exit ends the others
+            raise Stopped(signal)
+
+    def _stop_if_asked(self) -> None:
+        if signal := self.group.any_signal(self.stop.requested):
+            raise Stopped(signal)
+
+    def _show_first_batch(self) -> None:
+        """Write the epoch's first micro-batch, token by token with its labels, to first_batch.txt and wandb."""
+        chunks = next(training_batches(self.run.train.tokens, self.curriculum, self.state.epoch))
+        text = describe_batch([chunk.batch for chunk in chunks], self.curriculum.tokenizer)
+        write_text(self.config.run_dir / "first_batch.txt", text)
+        self.metrics.log_text("data_table", self.state.epoch * self.run.steps_per_epoch, text)
+
+    def _check_parameters(self) -> None:
+        if self.group.world_size > 1:
+            when = f"after epoch {self.state.epoch + 1}"
+            self.group.check_equal({"parameters": parameter_digest(self.run.model.parameters())}, when)
+            say(f"{when} the parameters are the same bits in all {self.group.world_size} ranks")
+
+    def _save_checkpoint(self) -> None:
+        """checkpoint_{epoch + 1} of a trained epoch, before it is validated (official run.py)."""
+        if self.writes and not self.config.save_only_improve:
+            metadata = self.run.metadata(self.state.epoch + 1, self.stage)
+            say(f"saved {checkpoint.save_checkpoint(self.run.model, metadata)}")
+
+    def _finish_epoch(self, accuracy: float) -> None:
+        """Keep the best, move on to the next epoch, and record that in the saved state."""
+        state, stage, epochs_done = self.state, self.stage, self.state.epoch + 1
+        if accuracy > state.best_accuracy:
+            state.best_accuracy, state.best_epoch = accuracy, epochs_done
+            if self.writes and self.config.save_only_improve:
+                path = checkpoint.save_checkpoint(self.run.model, self.run.metadata(epochs_done, stage))
+                say(f"saved {path}, the best so far")
+        state.epoch, state.step, state.train_seconds = epochs_done, 0, 0.0
+        if self.writes:
+            state.metrics_bytes, state.metrics_crc32 = self.metrics.sync()
+            checkpoint.update_state(self.state_folder, state)
+            resume.prune(self.config, state.best_epoch)
+
+    def _draw_now_and_then(self) -> None:
+        if self.group.is_main and time.monotonic() - self.last_drawing > REDRAW_SECONDS:
+            keep_curves(self.config.run_dir)
+            self.last_drawing = time.monotonic()
+
+
+def train(run: Run) -> None:
+    """Train a run to its end, with metrics and signals."""
+    metrics = NoMetrics()
+    if run.group.is_main:
+        metrics = MetricLog(run.config.run_dir / "metrics.jsonl", start_wandb(run.config))
+    with metrics, StopSignals() as stop:
+        Trainer(run, metrics, stop).train()
+
+
+def evaluate_once(run: Run, directory: Path) -> None:
+    """Evaluate at the stage that `resume` gives, and write metrics.jsonl and predictions_{resume}.jsonl."""
+    warn_of_other_stage(run, run.curriculum.stage(run.config.resume))
+    metrics = MetricLog(directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
+    with metrics, StopSignals() as stop:
+        evaluate(run, metrics, directory, TrainState(epoch=run.config.resume), stop)
+
+
+def evaluate(
+    run: Run, metrics: MetricLog | NoMetrics, directory: Path, state: TrainState, stop: StopSignals
+) -> Evaluation:
+    """Validation loss and greedy accuracy at the stage of the state's epoch: printed, logged, written as predictions.
+
+    Several ranks stop only behind it: one that left would leave the others waiting.
+    """
+    epoch, stage = state.epoch, run.curriculum.stage(state.epoch)
+    epochs_done = epoch if run.config.only_eval else epoch + 1
+    checked = stop.checked if run.group.world_size == 1 else iter
+    evaluator = Evaluator(run.model, run.valid, run.curriculum, run.group, checked)
+    with computing_in(run.model, compute_dtype(run.config.bf16)):
+        loss, result = evaluator.loss(epoch), evaluator.answers(stage)
+    say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
+    if run.group.is_main:
+        write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
+    metrics.log({
+        "eval/loss": loss, "eval/acc": result.accuracy, "eval/cot_em": result.cot_match,
+        "eval/n_tokens": result.mean_tokens, "eval/seconds_per_example": result.seconds_per_example,
+        "train/seconds": state.train_seconds, "acc_interval": result.interval(),
+        "epoch": epochs_done, "stage": stage,
+    })  # fmt: skip
+    return result
