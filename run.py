@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> int:
         launcher = "the same mlx.launch with " if group.world_size > 1 else ""
         command_line = f"{launcher}python run.py {shlex.join(arguments)}"
         status, message = 128 + stopped.signal, f"stopped. To resume: {command_line}" if group.is_main else ""
+    group.ignore_launcher()
     if message:
         print(message, file=sys.stderr, flush=True)
     return status

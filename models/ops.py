@@ -1,8 +1,8 @@
 """The operations that a training step spends its time in: cross-entropy, GELU, dropout and attention with dropout.
 
 On a CPU they are written by hand, because it was measured: MLX's own are slower there, and its cross-entropy is
-inexact. On a GPU the library's are taken where they are as exact. Shapes: B rows, H heads, T queries, S keys, Dh = width
-of a head, N labels, V = vocabulary.
+inexact. On a GPU the library's are taken where they are as exact. Shapes: B rows, H heads, T queries, S keys, Dh = the
+width of a head, N labels, V = vocabulary.
 """
 
 import math

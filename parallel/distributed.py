@@ -104,6 +104,9 @@ class Group:
         """Wait until all ranks have come here."""
         self.all_gather(np.array(0))
 
+    def ignore_launcher(self) -> None:
+        """From here on this rank ends with its own status, not by the SIGTERM that follows another rank's exit."""
+
 
 ALONE = Group()
 
@@ -119,6 +122,10 @@ class DistributedGroup(Group):
         sent = mx.array(np.frombuffer(values.tobytes(), np.uint8))  # bytes: MLX has no float64 on a GPU
         received = self._evaluate(mx.distributed.all_gather(sent, group=self._group))
         return np.array(received).view(values.dtype).reshape(self.world_size, *values.shape)
+
+    def ignore_launcher(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def all_sum(self, tree: Any) -> Any:
         names, arrays = zip(*tree_flatten(tree), strict=True)

@@ -71,10 +71,9 @@ class TrainStep:
         n_tokens = sum(float(c.batch.attention_mask.sum()) for chunks in micro_batches for c in chunks if c.loss_weight)
         loss, n_tokens = self.group.all_gather(np.array([loss, n_tokens])).sum(axis=0).tolist()
         if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} in epoch {epoch + 1}, step {number}: training stopped, checkpoints are untouched. "
-                "A lower learning rate (lr) is the usual remedy"
-            )
+            place = f"the loss is {loss} in epoch {epoch + 1}, step {number}"
+            remedy = "training stopped, checkpoints are untouched. A lower learning rate (lr) is the usual remedy"
+            self.group.agree(RunError(f"{place}: {remedy}"))  # all ranks come here, one prints it
         gradient = self.group.all_sum(gradient)
         if self.config.max_grad_norm is not None:
             gradient = clipped(gradient, self.config.max_grad_norm)
