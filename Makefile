@@ -30,6 +30,7 @@ test: $(DEVELOPMENT) $(if $(ORACLE),$(COMPARISON))
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV)

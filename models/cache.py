@@ -73,8 +73,8 @@ class LayerCache:
 
     def select(self, rows: mx.array) -> None:
         """Keep these rows alone; rows [b] int. The shared columns are selected apart."""
-        keys, values = self.state
-        self.state = keys[rows], values[rows]
+        if self.state is not None:
+            self.state = self.state[0][rows], self.state[1][rows]
 
 
 def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:

@@ -98,7 +98,9 @@ class Group:
         if not statuses.any():
             return
         first = int(np.flatnonzero(statuses)[0])
-        raise problem if first == self.rank else FailedElsewhere(int(statuses[first]))
+        if problem and first == self.rank:
+            raise problem
+        raise FailedElsewhere(int(statuses[first]))
 
     def barrier(self) -> None:
         """Wait until all ranks have come here."""

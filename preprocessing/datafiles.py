@@ -13,18 +13,18 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(HERE))
-from startup import signals  # noqa: E402
+from startup import signals
 
 # The scripts import this file first, so that the handler is in place before slower imports. Other programs, such as
 # scripts/demo.py, keep their own handler.
 if os.path.dirname(os.path.abspath(sys.argv[0])) == HERE:
     signals.at_once()
 
-import argparse  # noqa: E402
-import hashlib  # noqa: E402
-import json  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import hashlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
 
 PINS = Path(__file__).with_name("checksums.txt")
 KINDS = ("sha256", "gitblob", "sha256-hint", "items", "commit")

@@ -30,7 +30,7 @@ from utils import UserError, read_records, say, warn, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "preprocessing"))
-import chains  # noqa: E402
+import chains
 
 TITLES = {name: METHODS[name].title for name in ("no_cot", "cot", "coconut", "no_thoughts")}
 DURATION = "3 to 7 minutes on two CPU cores"

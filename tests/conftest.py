@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="disabled")
 
-from startup import blas  # noqa: E402, F401  before mlx
-import mlx.core as mx  # noqa: E402
+from startup import blas  # noqa: F401  before mlx
+import mlx.core as mx
 
-import run as run_module  # noqa: E402
-from text.tokenizer import dump_tiktoken, load_tokenizer  # noqa: E402
+import run as run_module
+from text.tokenizer import dump_tiktoken, load_tokenizer
 
 
 class Outcome(NamedTuple):

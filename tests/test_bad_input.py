@@ -9,17 +9,16 @@ import pickle
 import re
 import zipfile
 
+import mlx.core as mx
 import numpy as np
 import pytest
-
-from startup import blas  # noqa: F401  before mlx
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from coconut import Coconut
 from config import Config
-from text.tokenizer import load_tokenizer
 from models.loading import find_source, load_gpt2
+from startup import blas  # noqa: F401  before mlx
+from text.tokenizer import load_tokenizer
 
 CASES = {}
 GOOD_ITEM = {"question": "What is 1 plus 2?", "steps": ["<<1+2=3>>"], "answer": "3"}

@@ -5,16 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
-
-from startup import blas  # noqa: F401  before mlx
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from coconut import Coconut
 from dataset import TrainingSequence, collate
 from models.gpt2 import GPT2, GPT2Config
+from startup import blas  # noqa: F401  before mlx
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VOCABULARY = 60

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-from text import tokens as tokens_module
 from config import Config
 from dataset import Curriculum, Data, collate
 from methods import METHODS
-from text.reader import Example, Source
 from parallel.distributed import Group
-from text.tokens import tokenize
+from text import tokens as tokens_module
+from text.reader import Example, Source
 from text.tokenizer import Tokenizer
+from text.tokens import tokenize
 from utils import UserError
 
 PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=150)

@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 from coconut import Coconut
 from config import Config
 from dataset import Curriculum, collate
+from models.loading import find_source, load_gpt2
 from text.reader import read_examples
 from text.tokens import tokenize
-from models.loading import find_source, load_gpt2
 
 CURRICULUM = ("pad_latent_to_max", "c_thought", "max_latent_stage")
 FORWARD = (

@@ -10,8 +10,8 @@ import types
 import pytest
 from conftest import ROOT
 
-from training import metrics
 from config import Config
+from training import metrics
 
 
 class FakeRun:

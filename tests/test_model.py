@@ -2,13 +2,11 @@
 
 import dataclasses
 
-import numpy as np
-import pytest
-
-from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
+import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from coconut import Coconut
@@ -19,6 +17,7 @@ from models.gpt2 import GPT2, MLP, Attention, GPT2Config
 from models.ops import Dropout, attention, dropout_mask, random_keys
 from models.precision import compute_dtype, computing_in
 from parallel.streams import even_slices, n_streams, use_streams
+from startup import blas  # noqa: F401  before mlx
 from training.step import TrainStep, group_batches, new_optimizer
 
 VOCABULARY = 50

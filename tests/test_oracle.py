@@ -2,21 +2,20 @@
 
 import json
 
-import numpy as np
-import pytest
-
-from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
-from config import Config
 from coconut import Coconut
+from config import Config
 from dataset import Chunk, TrainingSequence, collate
 from models.gpt2 import GPT2, GPT2Config
+from models.loading import find_source, load_gpt2
+from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import load_tokenizer
 from training.step import TrainStep, clipped, new_optimizer
-from models.loading import find_source, load_gpt2
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the live oracle is skipped")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: the live oracle is skipped")

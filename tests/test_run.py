@@ -5,18 +5,17 @@ import re
 import subprocess
 import sys
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import ROOT, tiny_item
 
-from startup import blas  # noqa: F401  before mlx
-import mlx.core as mx
-import mlx.nn as nn
-
-from training import checkpoint as ckpt
-from training import step, trainer
-from models import gpt2
 from coconut import Coconut
 from config import FIELDS, load_config
+from models import gpt2
+from startup import blas  # noqa: F401  before mlx
+from training import checkpoint as ckpt
+from training import step, trainer
 
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}

@@ -12,8 +12,8 @@ import pytest
 from survival import SETTINGS, Trial, differences
 
 import run as run_module
-from training.resume import prune
 from config import Config
+from training.resume import prune
 
 
 @pytest.fixture(scope="module")

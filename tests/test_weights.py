@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from scripts import export
-from training.resume import best_checkpoint
 from config import Config
-from text.tokenizer import load_tokenizer
-from utils import UserError
 from models.loading import find_source, load_gpt2
 from models.weights import canonical, read_tensors
+from scripts import export
+from text.tokenizer import load_tokenizer
+from training.resume import best_checkpoint
+from utils import UserError
 
 torch = pytest.importorskip("torch", reason="needs torch to make the files of the official code")
 transformers = pytest.importorskip("transformers", reason="needs transformers as the reference")
