@@ -1,12 +1,11 @@
 """The folders of a run directory: which one to resume from, whether it fits, which ones to keep."""
 
+import fcntl
 import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from config import Config
 from text.tokenizer import Tokenizer
@@ -191,17 +190,14 @@ def clean(run_dir: Path) -> None:
 @contextmanager
 def locked(run_dir: Path):
     """Hold the run directory for this process; raises UserError where another process holds it."""
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{run_dir}: another process is working in this directory; wait for it or choose another `name`"
-        ) from error
-    try:
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{run_dir}: another process is working in this directory; wait for it or choose another `name`"
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
