@@ -6,6 +6,8 @@ The keys are those of the official code (facebookresearch/coconut, args/*.yaml) 
 import dataclasses
 import difflib
 import math
+import os
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,11 @@ from methods import METHODS, Method
 from utils import UserError
 
 REQUIRED = "(required)"
+NULL = "tag:yaml.org,2002:null"
+PATH_KEYS = {  # `~` and environment variables are expanded in these
+    "save_path", "model_id", "load_model_path", "model_config_path", "tokenizer", "train_path", "val_path",
+    "token_cache",
+}  # fmt: skip
 
 
 def key(
@@ -143,7 +150,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> Config:
     Precedence: override > file > default. Raises UserError that names every problem at once.
     """
     problems: list[str] = []
-    given = {**_read_yaml(path), **_read_overrides(overrides, problems)}
+    given = {**_read_yaml(path, problems), **_read_overrides(overrides, problems)}
     values = {}
     for name, value in given.items():
         if name not in FIELDS:
@@ -177,19 +184,46 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: str) -> dict:
+def _read_yaml(path: str, problems: list[str]) -> dict:
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        content = yaml.safe_load(text)
+        loader = yaml.SafeLoader(Path(path).read_bytes().decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            found = _describe(loader.construct_document(node) if node else None)
+            raise UserError(f"{path}: expected `key: value` lines, found {found}")
+        _note_repeated_keys(node, problems)
+        loader.flatten_mapping(node)
+        values = {}
+        for name, value in node.value:
+            text = value.value if isinstance(value, yaml.ScalarNode) and value.tag != NULL else None
+            values[name.value] = text if _keeps_text(name.value, text) else loader.construct_object(value, deep=True)
+        return values
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); a YAML file is expected") from error
     except (yaml.YAMLError, ValueError) as error:  # `!!float "1x"` is a ValueError
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {_describe(content)}")
-    return content
+
+
+def _note_repeated_keys(node: yaml.MappingNode, problems: list[str]) -> None:
+    lines: dict[str, int] = {}
+    for name, _ in node.value:
+        if name.value in lines:
+            first, second = lines[name.value], name.start_mark.line + 1
+            problems.append(f"{name.value}: given twice, in lines {first} and {second}; keep one")
+        lines[name.value] = name.start_mark.line + 1
+
+
+def _keeps_text(name: str, text: str | None) -> bool:
+    """Whether a value is taken as it is written: that of a text key, and numbers that YAML 1.1 would read otherwise.
+
+    YAML reads `1.10` as 1.1 and `off` as False, and 010 as 8 and 1:30 as 90.
+    """
+    if text is None or name not in FIELDS:
+        return False
+    allowed = set(typing.get_args(TYPES[name]) or (TYPES[name],)) - {type(None)}
+    return allowed == {str} or bool(allowed & {int, float} and re.fullmatch(r"[+-]?0\d+|\d+(:\d+)+", text))
 
 
 def _read_overrides(overrides: typing.Sequence[str], problems: list[str]) -> dict:
@@ -200,7 +234,7 @@ def _read_overrides(overrides: typing.Sequence[str], problems: list[str]) -> dic
             problems.append(f"{text!r} on the command line: expected key=value")
             continue
         try:
-            values[name] = yaml.safe_load(value)
+            values[name] = value if _keeps_text(name, value) else yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
             values[name] = value
     return values
@@ -216,8 +250,6 @@ def _convert(name: str, value, problems: list[str]):
             problems.append(f"{name}: expected {type_name(name)}, found nothing (None)")
         return None
     words = FIELDS[name].metadata["words"]
-    if value is False and "off" in words:
-        return "off"  # YAML 1.1 reads the word off as False
     if value in words:
         return value
     if words:
@@ -225,6 +257,8 @@ def _convert(name: str, value, problems: list[str]):
     for wanted in allowed:
         converted = _as_type(value, wanted)
         if converted is not None:
+            if name in PATH_KEYS:
+                converted = os.path.expandvars(os.path.expanduser(converted))
             _check_range(name, converted, problems)
             return converted
     problems.append(f"{name}: expected {type_name(name)}, found {_describe(value)}")
@@ -281,6 +315,8 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
         problems.append("train_path: missing; needed unless only_eval is True")
     if not any(values.get(name) for name in ("model_id", "load_model_path", "model_config_path")):
         problems.append("model: name model_id, load_model_path or model_config_path")
+    if values.get("max_grad_norm") == 0:
+        problems.append("max_grad_norm: 0 would train nothing; None switches clipping off")
     resume, epochs = values.get("resume") or 0, values.get("num_epochs") or 1
     if resume >= epochs and not values.get("only_eval"):
         problems.append(f"resume: {resume} leaves nothing to train, because num_epochs is {epochs}")

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     except Stopped as stopped:
         launcher = "the same mlx.launch with " if group.world_size > 1 else ""
         command_line = f"{launcher}python run.py {shlex.join(arguments)}"
-        status, message = 128 + stopped.signal, f"stopped. To resume: {command_line}" if group.is_main else ""
+        status, message = 128 + stopped.signal, f"stopped. To go on: {command_line}" if group.is_main else ""
     group.ignore_launcher()
     if message:
         print(message, file=sys.stderr, flush=True)

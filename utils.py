@@ -48,7 +48,7 @@ def warn(text: str) -> None:
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM only set a flag; `check` then raises Stopped at the next safe point.
+    """A context in which the signals that stop a run only set a flag; `check` raises Stopped at the next safe point.
 
     A second signal gets the handler from before the context: in run.py it ends the process (startup/signals.py).
     """
@@ -58,8 +58,9 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in signals.STOP:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception) -> None:

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C and SIGTERM at any moment: no traceback and no half-written file. A command begins with
+"""Handle Ctrl-C, SIGTERM and their like at any moment: no traceback and no half-written file. A command begins with
 
     from startup import signals
 
@@ -13,15 +13,17 @@ import _signal as signal  # the C module behind `signal`, which would import enu
 import os
 
 unfinished: set[str] = set()  # temporary files that the handler removes
+# A closed terminal sends SIGHUP, and Slurm warns with SIGUSR1 before a job's time ends.
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 silent = False  # True in all processes but one of a distributed run (utils.silence)
 
 
 def at_once() -> None:
-    """End the process at either signal from now on.
+    """End the process at any of the STOP signals from now on.
 
     A signal that is ignored stays ignored: shells start the background commands of a script without Ctrl-C.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
 

@@ -107,8 +107,8 @@ def yaml_number_is_none(t):
 
 @case("{t}/date.yaml", "month")
 def yaml_date_is_none(t):
-    """A name that looks like a date, and is none: PyYAML raises ValueError."""
-    return t.write("date.yaml", t.config(name=...).read_text() + "\nname: 2024-13-45\n")
+    """A value that looks like a date, and is none: PyYAML raises ValueError."""
+    return t.write("date.yaml", t.config(debug=...).read_text() + "\ndebug: 2024-13-45\n")
 
 
 @case("lr", "!!float")

@@ -175,7 +175,6 @@ def test_all_problems_are_reported_at_once(load):
         ("lr: .nan", "lr: expected a number, found nan (float)"),
         ("lr: None", "lr: expected a number, found nothing (None)"),
         ("lr: [1]", "lr: expected a number, found [1] (list)"),
-        ("name: {a: 1}", "name: expected text, found {'a': 1} (dict)"),
         ("reset_optimizer: never", "reset_optimizer: expected True or False or `stage`, found 'never' (str)"),
         ("no_cot: True", "expected exactly one of coconut, cot, no_cot, no_thoughts to be True, found cot and no_cot"),
         ("cot: False", "expected exactly one of coconut, cot, no_cot, no_thoughts to be True, found none"),
@@ -191,9 +190,9 @@ def test_one_problem_is_one_line_that_names_the_key(load, line, expected):
 
 
 def test_only_eval_needs_weights_but_no_training_data(load):
-    text = SMALL + "only_eval: True\ntrain_path: None\nresume: 7\n"
+    text = SMALL.replace("t.json", "None") + "only_eval: True\nresume: 7\n"
     assert load(text).train_path is None
-    fresh = text + "model_id: None\nmodel_config_path: gpt2.json\n"
+    fresh = text.replace("model_id: gpt2", "model_id: None\nmodel_config_path: gpt2.json")
     [problem] = problems_of(load, fresh)
     assert problem == "only_eval: nothing to evaluate; name a checkpoint with load_model_path"
     assert load(fresh, "load_model_path=checkpoint_3").only_eval
@@ -226,7 +225,14 @@ def test_a_config_cannot_be_changed(load):
 
 
 @pytest.mark.parametrize(
-    "text", [OFFICIAL_TRAIN, OFFICIAL_COT, OLDER_PORT, SMALL + 'name: "ünï # x: y"\nseed: 7\n', SMALL + "name: 12\n"]
+    "text",
+    [
+        OFFICIAL_TRAIN,
+        OFFICIAL_COT,
+        OLDER_PORT,
+        SMALL.replace("name: a", 'name: "ünï # x: y"') + "seed: 7\n",
+        SMALL.replace("name: a", "name: 12"),
+    ],
 )
 def test_resolved_yaml_loads_again_and_is_equal(load, text):
     config = load(text)
@@ -282,3 +288,54 @@ def test_longest_answer_follows_the_validation_path():
 
     assert (limit("data/gsm_valid.json"), limit("data/prosqa_valid.json")) == (64, 128)
     assert limit("data/gsm_valid.json", max_new_tokens=5) == 5
+
+
+# Values as they are written
+
+
+@pytest.mark.parametrize("text", ["1.10", "007", "1:30", "off", "2026-11-26", "1e3"])
+def test_text_keys_keep_their_text(load, text):
+    """YAML 1.1 would read a number, a time, a boolean or a date."""
+    assert load(SMALL.replace("name: a", f"name: {text}")).name == text
+    assert load(SMALL, f"name={text}").name == text
+
+
+def test_text_that_is_no_text_is_an_error(load):
+    [problem] = problems_of(load, SMALL.replace("name: a", "name: {a: 1}"))
+    assert problem == "name: expected text, found {'a': 1} (dict)"
+
+
+def test_an_override_of_a_text_key_is_not_yaml(load):
+    assert load(SMALL, "name=exp #2").name == "exp #2"
+
+
+@pytest.mark.parametrize(("text", "seed"), [("010", 10), ("0", 0), ("08", 8)])
+def test_leading_zeros_are_decimal(load, text, seed):
+    assert load(SMALL, f"seed={text}").seed == seed
+    assert load(SMALL + f"\nseed: {text}\n").seed == seed
+
+
+def test_a_number_in_base_60_is_an_error(load):
+    assert any(
+        "num_epochs: expected a whole number, found '1:30'" in line
+        for line in problems_of(load, SMALL, "num_epochs=1:30")
+    )
+
+
+def test_a_key_given_twice_is_named_with_its_lines(load):
+    text = "lr: 1e-4\n" + SMALL.strip() + "\nlr: 1e-3\n"
+    last = len(text.splitlines())
+    assert f"lr: given twice, in lines 1 and {last}; keep one" in problems_of(load, text)
+
+
+def test_a_norm_of_0_is_refused(load):
+    assert "max_grad_norm: 0 would train nothing; None switches clipping off" in problems_of(
+        load, SMALL, "max_grad_norm=0"
+    )
+
+
+def test_paths_are_expanded(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/scratch")
+    config = load(SMALL, "save_path=$RUNS/x", "val_path=~/valid.json", "name=~me")
+    assert (config.save_path, config.val_path, config.name) == ("/scratch/x", "/home/me/valid.json", "~me")

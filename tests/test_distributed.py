@@ -477,7 +477,7 @@ def test_a_killed_rank_ends_the_run_which_then_resumes_to_the_same_bits(victim, 
     assert "connection to a peer was lost" in err or "closed by the peer" in err, "MLX says it on every rank"
     assert "Traceback" not in err
     out = trial.finish()
-    assert "resuming from" in out
+    assert "going on from" in out
     assert differences(whole, trial) == []
 
 
@@ -489,7 +489,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(number, whole, tmp_path):
         launch.processes[1].send_signal(number)
         outcomes = launch.wait()
     assert [status for status, _, _ in outcomes] == [128 + number] * 2, outcomes
-    assert "".join(err for _, _, err in outcomes).count("stopped. To resume: the same mlx.launch with python run") == 1
+    assert "".join(err for _, _, err in outcomes).count("stopped. To go on: the same mlx.launch with python run") == 1
     assert list(trial.run_dir.glob("state_*_*"))
     trial.finish()
     assert differences(whole, trial) == []

@@ -22,7 +22,7 @@ def json_lines(path) -> list[dict]:
 def test_a_stopped_run_resumes_to_the_numbers_of_the_old_code(legacy, call_main):
     outcome = call_main("legacy.yaml")
     assert outcome.status == 0, outcome.err
-    assert "resuming from runs/legacy/state_1_5: epoch 2, step 5" in outcome.out
+    assert "going on from runs/legacy/state_1_5: epoch 2, step 5" in outcome.out
     found, expected = (json_lines(legacy / name) for name in ("runs/legacy/metrics.jsonl", "whole_metrics.jsonl"))
     assert len(found) == len(expected) == 33
     for ours, theirs in zip(found, expected, strict=True):

@@ -162,3 +162,18 @@ def leveldb_records(content: bytes):
         if kind in (1, 4):  # a whole record, or the last fragment of one
             yield record
             record = b""
+
+
+def test_what_wandb_refuses_is_one_warning(fake_wandb, tmp_path, monkeypatch, capsys):
+    """Settings in the environment, and a .netrc that is not UTF-8."""
+
+    def refuse(**keys):
+        raise ValueError("tags: expected text")
+
+    fake_wandb.init = fake_wandb.login = refuse
+    assert metrics.start_wandb(config(tmp_path)) is None
+    assert "wandb did not start (tags: expected text)" in capsys.readouterr().err
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert metrics.start_wandb(config(tmp_path)) is None
+    assert "wandb cannot tell whether it is logged in (tags: expected text)" in capsys.readouterr().err

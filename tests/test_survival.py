@@ -39,9 +39,11 @@ def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
     assert differences(uninterrupted, killed) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, tmp_path):
-    """Ctrl-C and SIGTERM finish the step and save; the same command goes on to the same bits."""
+    """Ctrl-C, SIGTERM, a closed terminal and Slurm's warning save; the same command goes on to the same bits."""
     trial = Trial(tmp_path / "stopped", SETTINGS["every epoch anew"] | {"save_interval_minutes": 60})
     process = trial.start()
     wait_for(lambda: len(lines(trial)) >= 3, process)
@@ -49,7 +51,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, t
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
     assert "Traceback" not in output
-    assert "To resume: python run.py" in output
+    assert "To go on: python run.py" in output
     written = [record["train/step"] for record in map(json.loads, lines(trial)) if "train/step" in record]
     position = json.loads(next(trial.run_dir.glob("state_*/coconut.json")).read_text())["position"]
     assert position["epoch"] * 10 + position["step"] >= len(written) - 1, "steps were lost"
@@ -245,3 +247,13 @@ def test_a_change_that_makes_it_another_run_is_refused_with_the_difference(chang
     assert f"{name}: was " in printed
     assert f"is {value}" in printed
     assert {path: path.read_bytes() for path in (tmp_path / "copy" / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_of_two_starts_on_a_fresh_directory_one_trains(tmp_path):
+    """Also where both are still reading their data when the other one comes."""
+    trial = Trial(tmp_path / "twice", SETTINGS["optimizer kept"] | {"num_epochs": 1})
+    processes = [trial.start() for _ in range(3)]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2, 2], outputs
+    assert sum("another process" in output for output in outputs) == 2
+    assert not any("Traceback" in output for output in outputs)

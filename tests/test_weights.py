@@ -314,4 +314,4 @@ def test_a_run_directory_of_the_official_code_is_resumed(tmp_path, capsys):
     assert run.main([str(trial.folder / "trial.yaml"), f"save_path={official.parent}"]) == 0
     ours, expected = (read_tensors(folder / "checkpoint_3") for folder in (official, trial.run_dir))
     assert all(mx.array_equal(ours[name], expected[name]).item() for name in expected)
-    assert "resuming from" in capsys.readouterr().out
+    assert "going on from" in capsys.readouterr().out

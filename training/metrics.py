@@ -119,7 +119,7 @@ def start_wandb(config: Config):
             dir=str(config.run_dir),
             settings=wandb.Settings(silent=True, console="off"),
         )
-    except (wandb.Error, OSError) as error:
+    except (wandb.Error, OSError, ValueError) as error:  # ValueError: settings that it refuses
         warn(f"wandb did not start ({error}); metrics.jsonl is written all the same")
         return None
     write_text(id_file, f"{run.id}\n")
@@ -151,6 +151,6 @@ def _logged_in() -> bool:
 
     try:
         return bool(wandb.login(prompt=False))
-    except (wandb.Error, OSError) as error:
+    except (wandb.Error, OSError, ValueError) as error:  # ValueError: a .netrc that is not UTF-8
         warn(f"wandb cannot tell whether it is logged in ({error})")
         return False

@@ -54,23 +54,32 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> tuple[
     blas: the name of the BLAS in use, for the summary. Raises UserError, on all ranks together, for any mistake.
     """
     directory, problem, run = output_directory(config), None, None
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
-        if group.is_main and directory.is_dir():
+        if group.is_main:  # before the slow loading, so that of two starts at a time only one goes on
+            directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(resume.locked(directory))
         run = load(config, group)
         print_summary(run, directory, blas)
     except UserError as error:
         problem = error
+    if problem and group.is_main:
+        _remove_unused(made)
     group.agree(problem)
     check_ranks(run)
     if group.is_main:
-        if not directory.is_dir():
-            directory.mkdir(parents=True)
-            stack.enter_context(resume.locked(directory))
         resume.clean(directory)
         if not config.only_eval:
             write_text(directory / "config.yaml", config.to_yaml())
     return run, directory
+
+
+def _remove_unused(made: list[Path]) -> None:
+    """Remove the directories that this start has made, where nothing but its lock is in them."""
+    for folder in made:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}:
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def output_directory(config: Config) -> Path:

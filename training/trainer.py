@@ -92,7 +92,8 @@ class Trainer:
         """Restore the optimizer and the metrics as they were at the state's place."""
         saved, state = self.run.saved, self.state
         if saved:
-            say(f"resuming from {saved.path}: epoch {state.epoch + 1}, step {state.step} (the key `resume` is ignored)")
+            place = f"epoch {state.epoch + 1}, step {state.step}"
+            say(f"resuming: going on from {saved.path}: {place} (the key `resume` is ignored)")
             if saved.is_state:
                 checkpoint.load_optimizer(saved.path, self.optimizer)
                 self.state_folder = saved.path
