@@ -13,7 +13,7 @@ from survival import SETTINGS, Trial, differences
 
 import run as run_module
 from config import Config
-from training.resume import prune
+from training.resume import clean, prune
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +257,15 @@ def test_of_two_starts_on_a_fresh_directory_one_trains(tmp_path):
     assert sorted(process.returncode for process in processes) == [0, 2, 2], outputs
     assert sum("another process" in output for output in outputs) == 2
     assert not any("Traceback" in output for output in outputs)
+
+
+def test_only_own_temporary_files_are_removed(tmp_path):
+    """Of a killed process in this directory; not those of runs in folders below it, nor other programs'."""
+    for name in (".metrics.jsonl.41.tmp", ".notes.tmp", "inner/.metrics.jsonl.42.tmp", ".state_1_2.43.tmp/model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".state_1_1.44.old.tmp").mkdir()
+    clean(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".notes.tmp", "inner/.metrics.jsonl.42.tmp"}
+    assert not (tmp_path / ".state_1_1.44.old.tmp").exists()

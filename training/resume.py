@@ -14,6 +14,7 @@ from utils import UserError, human_size, read_records, warn
 
 CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
 STATE = re.compile(r"^state_(\d+)_(\d+)$")
+TEMPORARY = re.compile(r"^\..+\.\d+(\.old)?\.tmp$")  # as utils.replacing and checkpoint.py name them: .NAME.PID.tmp
 # Keys that may change when a run is resumed; a change of any other would make it another run.
 FREE_KEYS = {
     "project", "wandb", "save_path", "name", "num_epochs", "resume", "lr", "weight_decay", "batch_size_eval",
@@ -183,8 +184,9 @@ def prune(config: Config, best_epoch: int) -> None:
 
 def clean(run_dir: Path) -> None:
     """Remove the temporary files of a killed process."""
-    for leftover in run_dir.rglob(".*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in run_dir.iterdir():
+        if TEMPORARY.match(leftover.name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
