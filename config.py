@@ -68,6 +68,12 @@ class Config:
         "give items with few steps as many thoughts as the others (evaluation, and training past max_latent_stage)",
         True,
     )
+    layout: str = key(
+        "how question, thoughts, steps and answer are joined: `lines` as officially, `compact` without newlines and "
+        "without special tokens around the thoughts",
+        "lines",
+        words=("lines", "compact"),
+    )
     uniform_prob: float = key("probability that a training item's stage is drawn uniformly instead", 0.0, 0, 1)
 
     # Model
@@ -76,6 +82,12 @@ class Config:
     load_model_path: str | None = key("checkpoint to start from or to evaluate (folder, .safetensors, .npz)", None)
     model_config_path: str | None = key("GPT-2's config.json; with no weights named, a fresh model of that size", None)
     initializer_range: float | None = key("spread of fresh weights; where None, the model config's", None, at_least=0)
+    embedding_range: float | None = key("spread of fresh token embeddings; where None, as initializer_range", None, 0)
+    sinusoidal_positions: float | None = key(
+        "amplitude of the sinusoids that fresh position embeddings start as; where None, they are drawn as weights are",
+        None,
+        at_least=0,
+    )
     tokenizer: str | None = key("a .tiktoken file or a .json list of words; default GPT-2's vocabulary", None)
     bf16: bool = key("bfloat16 compute with float32 parameters (GPU only; on CPU float32 is used)", False)
 
@@ -315,6 +327,10 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
         problems.append("train_path: missing; needed unless only_eval is True")
     if not any(values.get(name) for name in ("model_id", "load_model_path", "model_config_path")):
         problems.append("model: name model_id, load_model_path or model_config_path")
+    loaded = next((name for name in ("model_id", "load_model_path") if values.get(name)), None)
+    for name in ("embedding_range", "sinusoidal_positions"):
+        if loaded and values.get(name) is not None:
+            problems.append(f"{name}: has no effect, because it is about fresh weights and {loaded} names weights")
     if values.get("max_grad_norm") == 0:
         problems.append("max_grad_norm: 0 would train nothing; None switches clipping off")
     resume, epochs = values.get("resume") or 0, values.get("num_epochs") or 1

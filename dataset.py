@@ -17,7 +17,7 @@ from parallel.distributed import ALONE, Group
 from parallel.streams import chunk_bounds, n_streams
 from text.reader import SHOWN, Example, open_source
 from text.tokenizer import Tokenizer
-from text.tokens import TokenDataset, TokenExample, tokenize, tokenize_cached
+from text.tokens import LAYOUTS, TokenDataset, TokenExample, tokenize, tokenize_cached
 from utils import UserError, warn
 
 LABELS_MULTIPLE = 64  # labeled tokens of a batch are rounded up to this, so that shapes repeat
@@ -42,7 +42,9 @@ class Curriculum:
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.method, self.tokenizer = config, config.method, tokenizer
+        self.layout = LAYOUTS[config.layout]
         self.thoughts_per_step = config.c_thought if self.method.thinks else 0  # official run.py: 0 for no_thoughts
+        self.special_tokens = self.method.special_tokens and self.layout.special_tokens
 
     def stage(self, epoch: int) -> int:
         """The scheduled stage of an epoch, counted from 0 (official run.py: always 0 for cot and no_cot)."""
@@ -74,12 +76,12 @@ class Curriculum:
         n_dropped, n_latents = self.training_counts(stage, len(example.steps))
         thoughts = self._thoughts(n_latents)
         ids = np.concatenate([example.question, thoughts, *example.steps[n_dropped:], example.answer])
-        return TrainingSequence(ids, len(example.question) + 1, n_latents, len(example.question) + len(thoughts))
+        return TrainingSequence(ids, self._latent_start(example), n_latents, len(example.question) + len(thoughts))
 
     def prompt(self, example: TokenExample, n_latents: int) -> TrainingSequence:
         """Question and exactly n_latents thoughts; nothing is labeled."""
         ids = np.concatenate([example.question, self._thoughts(n_latents)])
-        return TrainingSequence(ids, len(example.question) + 1, n_latents, len(ids))
+        return TrainingSequence(ids, self._latent_start(example), n_latents, len(ids))
 
     def longest(self, data: TokenDataset) -> np.ndarray:
         """The most positions that each example takes in any epoch of the run [n]; its prompts are never longer."""
@@ -102,10 +104,13 @@ class Curriculum:
         return most if self.config.pad_latent_to_max else min(n_steps, most)
 
     def _thoughts(self, n_latents: int) -> np.ndarray:
-        """Start token, latents and end token where the method has special tokens, else nothing."""
+        """The latents, between start and end token where method and layout have special tokens."""
         tokens = self.tokenizer
-        ids = [tokens.start_id, *[tokens.latent_id] * n_latents, tokens.end_id] if self.method.special_tokens else []
-        return np.array(ids, dtype=np.int32)
+        ids = [tokens.latent_id] * n_latents
+        return np.array([tokens.start_id, *ids, tokens.end_id] if self.special_tokens else ids, dtype=np.int32)
+
+    def _latent_start(self, example: TokenExample) -> int:
+        return len(example.question) + self.special_tokens
 
 
 class Data:
@@ -124,9 +129,9 @@ class Data:
         source = open_source(path)
         if keep_texts or config.debug:
             self.examples = source.examples(debug_limit if config.debug else None)
-            self.tokens = tokenize(self.examples, tokenizer, Path(path).name)
+            self.tokens = tokenize(self.examples, tokenizer, Path(path).name, config.layout)
         else:
-            self.tokens = tokenize_cached(source, tokenizer, config.token_cache)
+            self.tokens = tokenize_cached(source, tokenizer, config.token_cache, config.layout)
         self.indices = np.arange(len(self.tokens))  # [n] each example's index in the file
         self._leave_out(too_long(self.tokens, curriculum, n_positions, path))
 

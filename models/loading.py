@@ -62,7 +62,12 @@ def load_gpt2(source: Source, config: Config, tokenizer: Tokenizer) -> GPT2:
     if source.weights is None:
         mx.random.seed(config.seed)
         std = config.initializer_range or source.gpt2.initializer_range
-        return GPT2(replace(source.gpt2, vocab_size=tokenizer.vocab_size, initializer_range=std))
+        model = GPT2(replace(source.gpt2, vocab_size=tokenizer.vocab_size, initializer_range=std))
+        if config.embedding_range is not None:
+            model.wte.weight = mx.random.normal(model.wte.weight.shape) * config.embedding_range
+        if config.sinusoidal_positions is not None:
+            model.wpe.weight = config.sinusoidal_positions * sinusoids(*model.wpe.weight.shape)
+        return model
     tensors = canonical(read_tensors(source.weights), source.weights)
     if "transformer.wte.weight" in tensors:
         embedding = _with_special_tokens(tensors["transformer.wte.weight"], config, tokenizer, source)
@@ -75,6 +80,16 @@ def load_gpt2(source: Source, config: Config, tokenizer: Tokenizer) -> GPT2:
     model.load_weights([(name.removeprefix(PREFIX), tensor) for name, tensor in tensors.items()], strict=True)
     mx.eval(model.parameters())
     return model
+
+
+def sinusoids(n_positions: int, width: int) -> mx.array:
+    """Sines of falling frequency in the even columns, cosines in the odd ones (arXiv 1706.03762, section 3.5).
+
+    Returns [n_positions, width], values from -1 to 1.
+    """
+    frequencies = 10_000.0 ** (-mx.arange(0, width, 2) / width)
+    angles = mx.arange(n_positions)[:, None] * frequencies  # [n_positions, ceil(width / 2)]
+    return mx.stack([mx.sin(angles), mx.cos(angles)], axis=-1).reshape(n_positions, -1)[:, :width]
 
 
 def _config_file(path: Path) -> Path:

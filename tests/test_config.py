@@ -334,6 +334,12 @@ def test_a_norm_of_0_is_refused(load):
     )
 
 
+def test_keys_about_fresh_weights_are_refused_where_weights_are_loaded(load):
+    found = problems_of(load, SMALL, "model_id=gpt2", "embedding_range=0.5", "sinusoidal_positions=0.5")
+    for name in ("embedding_range", "sinusoidal_positions"):
+        assert f"{name}: has no effect, because it is about fresh weights and model_id names weights" in found
+
+
 def test_paths_are_expanded(load, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("RUNS", "/scratch")

@@ -44,15 +44,18 @@ def configs(draw) -> Config:
         pad_latent_to_max=draw(st.booleans()),
         uniform_prob=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
         num_epochs=draw(st.integers(1, 7)),
+        layout=draw(st.sampled_from(["lines", "compact"])),
     )
 
 
-def tokens_of(given_examples: list[Example]):
-    return tokenize(given_examples, TOKENIZER, "test")
+def tokens_of(given_examples: list[Example], layout: str = "lines"):
+    return tokenize(given_examples, TOKENIZER, "test", layout)
 
 
-def texts_of(example: Example) -> list[str]:
-    """What the official get_dataset tokenizes, piece by piece."""
+def texts_of(example: Example, layout: str) -> list[str]:
+    """What the official get_dataset tokenizes, piece by piece; the compact layout has no newlines and no spaces."""
+    if layout == "compact":
+        return [example.question, *example.steps, "###" + example.answer]
     return [example.question + "\n", *(step + "\n" for step in example.steps), "### " + example.answer]
 
 
@@ -60,15 +63,15 @@ def texts_of(example: Example) -> list[str]:
 
 
 @PROPERTY
-@given(many_examples)
-def test_tokens_are_the_texts(given_examples):
-    data = tokens_of(given_examples)
+@given(many_examples, st.sampled_from(["lines", "compact"]))
+def test_tokens_are_the_texts(given_examples, layout):
+    data = tokens_of(given_examples, layout)
     assert len(data) == len(given_examples)
     for found, example in zip((data[i] for i in range(len(data))), given_examples, strict=True):
         pieces = [found.question, *found.steps, found.answer[:-1]]
-        assert [TOKENIZER.decode(piece.tolist()) for piece in pieces] == texts_of(example)
+        assert [TOKENIZER.decode(piece.tolist()) for piece in pieces] == texts_of(example, layout)
         assert found.answer[-1] == TOKENIZER.eos_id
-        assert max(map(max, pieces)) < TOKENIZER.eos_id  # no marker comes out of a text
+        assert max(map(max, filter(len, pieces))) < TOKENIZER.eos_id  # no marker comes out of a text
 
 
 @PROPERTY
@@ -105,15 +108,16 @@ def prompt_at(tokens, stage: int, config: Config):
 
 def split_at_thoughts(sequence, config: Config):
     """(ids before, thoughts with their markers, ids behind) of a sequence."""
-    n_inserted = sequence.n_latents + 2 if config.coconut else 0
-    start = sequence.latent_start - 1
+    surrounded = config.coconut and config.layout == "lines"
+    n_inserted = sequence.n_latents + 2 * surrounded
+    start = sequence.latent_start - surrounded
     ids = sequence.ids.tolist()
     return ids[:start], ids[start : start + n_inserted], ids[start + n_inserted :]
 
 
 def expected_thoughts(n_latents: int, config: Config) -> list[int]:
-    if not config.coconut:
-        return []
+    if not config.coconut or config.layout == "compact":
+        return [TOKENIZER.latent_id] * n_latents
     return [TOKENIZER.start_id, *[TOKENIZER.latent_id] * n_latents, TOKENIZER.end_id]
 
 
@@ -131,7 +135,7 @@ def expected_training(stage: int, n_steps: int, config: Config) -> tuple[int, in
 @PROPERTY
 @given(examples, configs(), st.integers(0, 7))
 def test_a_training_sequence_keeps_its_tokens_and_labels_the_rest(example, config, stage):
-    tokens = tokens_of([example])[0]
+    tokens = tokens_of([example], config.layout)[0]
     dropped, n_latents = expected_training(stage, len(example.steps), config)
     sequence = Curriculum(config, TOKENIZER).training(tokens, stage)
     before, thoughts, behind = split_at_thoughts(sequence, config)
@@ -146,7 +150,7 @@ def test_a_training_sequence_keeps_its_tokens_and_labels_the_rest(example, confi
 @PROPERTY
 @given(examples, configs(), st.integers(0, 7))
 def test_a_prompt_is_the_question_and_its_thoughts(example, config, stage):
-    tokens = tokens_of([example])[0]
+    tokens = tokens_of([example], config.layout)[0]
     most = config.max_latent_stage
     most = most if config.pad_latent_to_max else min(most, len(example.steps))
     n_latents = min(stage, most) * (config.c_thought if config.coconut else 0)
@@ -158,7 +162,7 @@ def test_a_prompt_is_the_question_and_its_thoughts(example, config, stage):
 @PROPERTY
 @given(many_examples, configs())
 def test_longest_is_the_longest_sequence_of_the_run(given_examples, config):
-    data = tokens_of(given_examples)
+    data = tokens_of(given_examples, config.layout)
     for index, found in enumerate(Curriculum(config, TOKENIZER).longest(data)):
         stages = {Curriculum(config, TOKENIZER).stage(epoch) for epoch in range(config.num_epochs)}
         if config.uniform_prob:

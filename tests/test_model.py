@@ -14,10 +14,12 @@ from config import Config
 from dataset import TrainingSequence, chunks, collate
 from models.cache import make_cache
 from models.gpt2 import GPT2, MLP, Attention, GPT2Config
+from models.loading import Source, load_gpt2, sinusoids
 from models.ops import Dropout, attention, dropout_mask, random_keys
 from models.precision import compute_dtype, computing_in
 from parallel.streams import even_slices, n_streams, use_streams
 from startup import blas  # noqa: F401  before mlx
+from text.tokenizer import Tokenizer
 from training.step import TrainStep, group_batches, new_optimizer
 
 VOCABULARY = 50
@@ -414,6 +416,29 @@ def test_a_fresh_model_is_initialized_as_gpt2_is():
             assert values.std() == pytest.approx(expected, rel=0.05), name
             assert abs(values.mean()) < 5 * expected / np.sqrt(values.size), name
             assert np.abs(values).max() > 3 * expected, name  # normal, not uniform
+
+
+def fresh_model(**keys) -> GPT2:
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, "bytes")
+    config = Config(save_path="", name="", val_path="", coconut=True, seed=3, **keys)
+    return load_gpt2(Source(None, GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2), None), config, tokenizer)
+
+
+def test_fresh_embeddings_may_start_otherwise_and_the_other_weights_stay():
+    default = dict(tree_flatten(fresh_model().parameters()))
+    changed = dict(tree_flatten(fresh_model(embedding_range=0.5, sinusoidal_positions=0.25).parameters()))
+    different = [name for name in default if not mx.array_equal(default[name], changed[name])]
+    assert different == ["wte.weight", "wpe.weight"]
+    assert np.array(changed["wte.weight"]).std() == pytest.approx(0.5, rel=0.05)
+    positions, columns = np.arange(64)[:, None], np.arange(16)[None]
+    angles = positions / 10_000 ** (2 * columns / 32)
+    np.testing.assert_allclose(changed["wpe.weight"][:, 0::2], 0.25 * np.sin(angles), atol=1e-5)
+    np.testing.assert_allclose(changed["wpe.weight"][:, 1::2], 0.25 * np.cos(angles), atol=1e-5)
+
+
+def test_sinusoids_of_an_odd_width():
+    assert sinusoids(5, 7).shape == (5, 7)
+    assert mx.array_equal(sinusoids(5, 7)[0], mx.array([0.0, 1, 0, 1, 0, 1, 0]))
 
 
 def assert_dropout(values: mx.array, probability: float):

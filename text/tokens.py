@@ -19,9 +19,23 @@ from utils import Progress, replacing, warn
 CHUNK = 2048  # examples tokenized between two updates of the progress bar
 # Part of every cache key. Increase it when `tokenize`, TokenDataset, the tokenizer's pattern or the checks in reader.py
 # change, so that files of older versions are not used.
-FORMAT = 2
+FORMAT = 3
 MIN_CACHED_BYTES = 1 << 20  # smaller data sets (2,500 items of GSM8K) are tokenized in 0.2 s and not worth a file
 STALE_SECONDS = 24 * 3600  # a temporary file older than this was left by a process that was killed
+
+
+class Layout(NamedTuple):
+    """How an example's pieces are joined to one text."""
+
+    separator: str  # ends the question and every step
+    answer_mark: str  # begins the answer; answers are read from behind its `#`
+    special_tokens: bool  # whether thoughts may stand between special tokens
+
+
+LAYOUTS = {
+    "lines": Layout("\n", "### ", special_tokens=True),  # official dataset.py
+    "compact": Layout("", "###", special_tokens=False),
+}
 
 
 class TokenExample(NamedTuple):
@@ -78,13 +92,13 @@ class TokenDataset:
         return [self.tokens[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
 
 
-def tokenize(examples: list[Example], tokenizer: Tokenizer, name: str) -> TokenDataset:
-    """Tokenize all examples; `name` is shown beside the progress bar."""
+def tokenize(examples: list[Example], tokenizer: Tokenizer, name: str, layout: str = "lines") -> TokenDataset:
+    """Tokenize all examples in a layout of LAYOUTS; `name` is shown beside the progress bar."""
     tokens, lengths = [], []
     with Progress(total=len(examples), desc=f"Tokenizing {name}", unit=" items", leave=False) as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
-            pieces = [piece for example in chunk for piece in encode_example(example, tokenizer)]
+            pieces = [piece for example in chunk for piece in encode_example(example, tokenizer, layout)]
             lengths.append(np.fromiter(map(len, pieces), np.int64, len(pieces)))
             tokens.append(np.fromiter(chain.from_iterable(pieces), np.int32, lengths[-1].sum()))
             bar.update(len(chunk))
@@ -94,26 +108,28 @@ def tokenize(examples: list[Example], tokenizer: Tokenizer, name: str) -> TokenD
     return TokenDataset(starts, ends - n_pieces, ends - 1, np.concatenate(tokens))
 
 
-def encode_example(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
+def encode_example(example: Example, tokenizer: Tokenizer, layout: str = "lines") -> list[list[int]]:
     """Return the token ids of question, steps and answer (official dataset.py, get_dataset).
 
-    The question and each step end with a newline; the answer starts with `### ` and ends with end of text.
+    In the layout `lines` the question and each step end with a newline and the answer starts with `### `. In every
+    layout the answer ends with end of text.
     """
-    texts = (example.question + "\n", *(step + "\n" for step in example.steps), "### " + example.answer)
+    separator, mark, _ = LAYOUTS[layout]
+    texts = (example.question + separator, *(step + separator for step in example.steps), mark + example.answer)
     # One text at a time: on texts this short tiktoken's threads take ten times as long (benchmarks/tokenize_data.py).
     pieces = [tokenizer.encode(text) for text in texts]
     pieces[-1].append(tokenizer.eos_id)
     return pieces
 
 
-def tokenize_cached(source: Source, tokenizer: Tokenizer, folder: str | None) -> TokenDataset:
+def tokenize_cached(source: Source, tokenizer: Tokenizer, folder: str | None, layout: str = "lines") -> TokenDataset:
     """Tokenize all examples of a data set, or read their tokens from the cache in `folder` (see `cached`).
 
-    The key is made of hashes of content and vocabulary, so a file may be moved, renamed or edited. Cached content is
+    The key is made of the layout and hashes of content and vocabulary, so a file may be moved, renamed or edited. Cached content is
     not checked again: it passed the checks when it was tokenized. Raises UserError for data that fails them.
     """
-    key = f"{FORMAT}-{source.digest()[:32]}-{tokenizer.fingerprint[:32]}"
-    return cached(folder, key, lambda: tokenize(source.examples(), tokenizer, Path(source.path).name))
+    key = f"{FORMAT}-{layout}-{source.digest()[:32]}-{tokenizer.fingerprint[:32]}"
+    return cached(folder, key, lambda: tokenize(source.examples(), tokenizer, Path(source.path).name, layout))
 
 
 def cached(folder: str | None, key: str, make: Callable[[], TokenDataset]) -> TokenDataset:

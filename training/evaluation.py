@@ -14,7 +14,6 @@ from dataset import Curriculum, Data, count_batches, loss_batches, prompt_batche
 from parallel.distributed import ALONE, Group
 from parallel.streams import map_streams, n_streams
 from text.reader import Example
-from text.tokenizer import Tokenizer
 from utils import Progress
 
 
@@ -106,7 +105,7 @@ class Evaluator:
         rows = np.concatenate(self.group.all_gather_ragged(found))  # [n, 2 + limit]: index, latents, ids, then -1
         rows = rows[np.argsort(rows[:, 0])].tolist()
         predictions = [
-            score(int(self.data.indices[i]), self.data.examples[i], [t for t in ids if t >= 0], n, self.tokenizer)
+            score(int(self.data.indices[i]), self.data.examples[i], [t for t in ids if t >= 0], n, self.curriculum)
             for i, n, *ids in rows
         ]
         return Evaluation(predictions, [row[1] for row in rows], time.perf_counter() - start)
@@ -135,14 +134,14 @@ class Evaluator:
                 bar.update(len(indices))
 
 
-def score(index: int, example: Example, ids: list[int], n_latents: int, tokenizer: Tokenizer) -> dict:
+def score(index: int, example: Example, ids: list[int], n_latents: int, curriculum: Curriculum) -> dict:
     """Compare one answer with its reference: the record of predictions_*.jsonl.
 
     It is read from the generated tokens alone; the official code reads the whole text, question and latent tokens
     included, so that its chain of thought never matches for coconut.
     """
-    text = tokenizer.decode(ids)
-    cot, expected_cot = text.split("#")[0].strip(), "\n".join(example.steps).strip()
+    text = curriculum.tokenizer.decode(ids)
+    cot, expected_cot = text.split("#")[0].strip(), curriculum.layout.separator.join(example.steps).strip()
     return {
         "idx": index,
         "question": example.question,
