@@ -5,6 +5,7 @@ The keys are those of the official code (facebookresearch/coconut, args/*.yaml) 
 
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from methods import METHODS, Method
+from methods import METHOD_KEYS, Method, find_method
 from utils import UserError
 
 REQUIRED = "(required)"
@@ -60,7 +61,18 @@ class Config:
     no_cot: bool = key("method: answer directly, all steps dropped", False)
     no_thoughts: bool = key("method: Coconut's curriculum without thoughts (c_thought is taken as 0)", False)
 
+    thought: str = key(
+        "what fills a latent place: the `hidden` state that is fed back, or a learned `pause` vector",
+        "hidden",
+        words=("hidden", "pause"),
+    )
+
     # Curriculum
+    curriculum: str = key(
+        "how the written steps go away: one of the `steps` at each stage, or all from the start (`none`)",
+        "steps",
+        words=("steps", "none"),
+    )
     c_thought: int = key("continuous thoughts that replace one reasoning step", 1, at_least=0)
     epochs_per_stage: int = key("epochs of each training stage", 1, at_least=1)
     max_latent_stage: int = key("stages after the initial one; also the most steps replaced by thoughts", 0, at_least=0)
@@ -131,7 +143,10 @@ class Config:
     @property
     def method(self) -> Method:
         """The one method that is switched on."""
-        return next(method for name, method in METHODS.items() if getattr(self, name))
+        chosen = next(name for name in METHOD_KEYS if getattr(self, name))
+        method = find_method(chosen, self.thought, self.curriculum)
+        assert method, "load_config refuses such a combination"
+        return method
 
     @property
     def run_dir(self) -> Path:
@@ -316,10 +331,7 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(("YOUR_PATH", "PATH_TO")):
             problems.append(f"{name}: still the placeholder {value!r}; put your own path there")
-    chosen = [method for method in METHODS if values.get(method)]
-    if len(chosen) != 1:
-        found = " and ".join(chosen) if chosen else "none"
-        problems.append(f"method: expected exactly one of {', '.join(METHODS)} to be True, found {found}")
+    _check_method(values, problems)
     if values.get("only_eval"):
         if not (values.get("load_model_path") or values.get("model_id")):
             problems.append("only_eval: nothing to evaluate; name a checkpoint with load_model_path")
@@ -336,6 +348,25 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     resume, epochs = values.get("resume") or 0, values.get("num_epochs") or 1
     if resume >= epochs and not values.get("only_eval"):
         problems.append(f"resume: {resume} leaves nothing to train, because num_epochs is {epochs}")
+
+
+def _check_method(values: dict, problems: list[str]) -> None:
+    chosen = [name for name in METHOD_KEYS if values.get(name)]
+    if len(chosen) != 1:
+        found = " and ".join(chosen) if chosen else "none"
+        problems.append(f"method: expected exactly one of {', '.join(METHOD_KEYS)} to be True, found {found}")
+        return
+    thought, curriculum = (values.get(name, FIELDS[name].default) for name in ("thought", "curriculum"))
+    words = {name: FIELDS[name].metadata["words"] for name in ("thought", "curriculum")}
+    if thought not in words["thought"] or curriculum not in words["curriculum"]:
+        return  # noted as a problem of that key already
+    if not find_method(chosen[0], thought, curriculum):
+        known = [pair for pair in itertools.product(*words.values()) if find_method(chosen[0], *pair)]
+        listed = "; ".join(f"`{thought}` with `{curriculum}`" for thought, curriculum in known)
+        problems.append(
+            f"thought, curriculum: no method is {chosen[0]} with thought `{thought}` and curriculum `{curriculum}`; "
+            f"there is {listed}"
+        )
 
 
 def _suggest(name: str) -> str:

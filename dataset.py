@@ -48,7 +48,9 @@ class Curriculum:
 
     def stage(self, epoch: int) -> int:
         """The scheduled stage of an epoch, counted from 0 (official run.py: always 0 for cot and no_cot)."""
-        return epoch // self.config.epochs_per_stage if self.method.drops_steps == "by stage" else 0
+        if self.method.drops_steps == "by stage":
+            return epoch // self.config.epochs_per_stage
+        return self._last_stage if self.method.drops_steps == "at once" and self.method.thinks else 0
 
     def item_stages(self, n_steps: np.ndarray, epoch: int) -> np.ndarray:
         """Each item's stage in an epoch [n]: the scheduled one, or with uniform_prob one of 0..its number of steps."""
@@ -61,11 +63,9 @@ class Curriculum:
 
         Up to max_latent_stage the number of latents follows the stage alone and ignores pad_latent_to_max: official.
         """
-        if self.method.drops_steps == "always":
-            return n_steps, 0
-        if stage <= self.config.max_latent_stage:
-            return min(stage, n_steps), stage * self.thoughts_per_step
-        return n_steps, self._most_replaced(n_steps) * self.thoughts_per_step
+        if stage >= self._last_stage or self.method.drops_steps == "at once":
+            return n_steps, self._most_replaced(n_steps) * self.thoughts_per_step
+        return min(stage, n_steps), stage * self.thoughts_per_step
 
     def n_prompt_latents(self, stage: int, n_steps: int) -> int:
         """Latents of an evaluation prompt (official get_question_latent_dataset)."""
@@ -97,6 +97,11 @@ class Curriculum:
             reached = (stage in scheduled) | (data.n_steps >= stage)  # a drawn stage is one of 0..number of steps
             lengths = np.maximum(lengths, np.where(reached, data.lengths_from(n_dropped) + n_latents, 0))
         return data.question_lengths + lengths + len(self._thoughts(0))
+
+    @property
+    def _last_stage(self) -> int:
+        """The first stage without written steps."""
+        return self.config.max_latent_stage + 1
 
     def _most_replaced(self, n_steps: int) -> int:
         """Steps of an item that thoughts stand for in the last stages."""

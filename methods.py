@@ -1,27 +1,40 @@
 """The methods that can be trained, one row each. A new method is a new row here and its YAML files in args/.
 
-A row answers three questions. Are there special tokens around the thoughts? Does the method think in latents? How does
-the written chain of thought go away? Everything else (curriculum, batches, training, evaluation) is the same for all
-methods: Coconut with zero latents is chain of thought.
+A row answers three questions. Are there special tokens around the latents? What fills a latent place? How does the
+written chain of thought go away? Everything else (batches, training, evaluation) is the same for all methods: Coconut
+with zero latents is chain of thought.
 """
 
 from typing import Literal, NamedTuple
 
 
 class Method(NamedTuple):
-    """One row of the paper's Table 1 (arXiv 2412.06769, section 4.3); `name` is its key in the YAML file."""
+    """One row of the paper's Table 1 (arXiv 2412.06769, section 4.3).
+
+    The boolean key `key` and the keys `thought` and `curriculum` of the YAML file select the row.
+    """
 
     name: str
     title: str  # in tables and pictures
-    special_tokens: bool  # start and end token between question and steps, also around zero latents (official)
-    thinks: bool  # whether dropped steps are replaced by c_thought latents each
-    drops_steps: Literal["by stage", "never", "always"]
+    key: str
+    drops_steps: Literal["by stage", "at once", "never"]
+    thought: str = "hidden"
+    curriculum: str = "steps"
+    special_tokens: bool = False  # start and end token between question and steps, also around zero latents (official)
+    thinks: bool = False  # whether dropped steps are replaced by c_thought latents each
 
 
 _ROWS = (
-    Method("coconut", "Coconut", special_tokens=True, thinks=True, drops_steps="by stage"),
-    Method("cot", "CoT", special_tokens=False, thinks=False, drops_steps="never"),
-    Method("no_cot", "No-CoT", special_tokens=False, thinks=False, drops_steps="always"),
-    Method("no_thoughts", "Coconut without thoughts", special_tokens=False, thinks=False, drops_steps="by stage"),
+    Method("coconut", "Coconut", "coconut", "by stage", special_tokens=True, thinks=True),
+    Method("cot", "CoT", "cot", "never"),
+    Method("no_cot", "No-CoT", "no_cot", "at once"),
+    Method("no_thoughts", "Coconut without thoughts", "no_thoughts", "by stage"),
 )
 METHODS = {method.name: method for method in _ROWS}
+METHOD_KEYS = tuple(dict.fromkeys(method.key for method in _ROWS))
+
+
+def find_method(key: str, thought: str, curriculum: str) -> Method | None:
+    """The row that the three keys select; None where no method combines them."""
+    selected = (key, thought, curriculum)
+    return next((row for row in _ROWS if (row.key, row.thought, row.curriculum) == selected), None)

@@ -9,12 +9,13 @@ asked about: which candidate can be reached from it? The steps are the nodes of 
 
     {"question": "ec;id;lm;ka;kg;bh;nf;nk;il;gb;cj;ei;?bm:e", "steps": ["i", "l", "m"], "answer": "m", ...}
 
-Both candidates are `hops` edges away from the root of their tree and the trees are drawn alike, so a guess is right half
-of the time. Every item also holds its graph for analysis/: edges, root, target, distractor and the distractor's root.
-The files graph_chains_* have two chains of one of several lengths in place of the trees: easy items to begin with.
+Both candidates are `hops` edges away from the root of their tree and the trees are drawn alike, so a guess is right
+half of the time. Every item also holds its graph for analysis/: edges, root, target, distractor and the distractor's
+root. The files graph_chains_* have two chains of one of several lengths in place of the trees: easy items to begin
+with.
 
-No question appears twice, neither within a file nor across the four. The vocabulary (config key `tokenizer`) makes every
-node one token. The task is scaled down from arXiv 2505.12514; the paper on Coconut does not use it.
+No question appears twice, neither within a file nor across the four. The vocabulary (config key `tokenizer`) makes
+every node one token. The task is scaled down from arXiv 2505.12514; the paper on Coconut does not use it.
 """
 
 import os

@@ -6,7 +6,7 @@ import pytest
 
 from config import FIELDS, Config, load_config, usage
 from dataset import Curriculum
-from methods import METHODS
+from methods import METHOD_KEYS
 from training.checkpoint import TrainState
 from training.trainer import Trainer
 from utils import UserError
@@ -279,7 +279,7 @@ def test_optimizer_resets(reset, method, expected):
 
 
 def test_thoughts_per_step_is_zero_without_latents():
-    assert [Curriculum(make(method, c_thought=2), None).thoughts_per_step for method in METHODS] == [2, 0, 0, 0]
+    assert [Curriculum(make(method, c_thought=2), None).thoughts_per_step for method in METHOD_KEYS] == [2, 0, 0, 0]
 
 
 def test_longest_answer_follows_the_validation_path():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import dataset
 from config import Config
 from dataset import Curriculum, Data, collate
-from methods import METHODS
+from methods import METHOD_KEYS
 from parallel.distributed import Group
 from text import tokens as tokens_module
 from text.reader import Example, Source
@@ -38,7 +38,7 @@ def make_config(method: str = "coconut", **keys) -> Config:
 @st.composite
 def configs(draw) -> Config:
     return make_config(
-        draw(st.sampled_from(list(METHODS))),
+        draw(st.sampled_from(METHOD_KEYS)),
         c_thought=draw(st.integers(0, 3)),
         max_latent_stage=draw(st.integers(0, 4)),
         pad_latent_to_max=draw(st.booleans()),

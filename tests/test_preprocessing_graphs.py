@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def check_sound(item: dict, hops: int) -> tuple[dict, dict]:
     assert set(own) | set(other) == set("".join(item["edges"]))
     assert len(item["edges"]) == len(own) + len(other) - 2
     path = [item["root"], *item["steps"]]
-    assert all(parent + child in item["edges"] for parent, child in zip(path, path[1:], strict=False))
+    assert all(parent + child in item["edges"] for parent, child in pairwise(path))
     assert item["answer"] == item["steps"][-1] == item["target"]
     assert own[item["target"]] == other[item["distractor"]] == len(item["steps"]) == hops
     return own, other

@@ -48,7 +48,9 @@ def describe_run(curriculum: Curriculum, epochs_done: int, stage: int, world_siz
     return {
         "epoch": epochs_done,
         "stage": stage,
-        "method": config.method.name,
+        "method": config.method.key,
+        "thought": config.thought,
+        "curriculum": config.curriculum,
         "c_thought": curriculum.thoughts_per_step,
         "tokenizer": {"source": tokenizer.source, "sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "versions": {"python": platform.python_version()}
