@@ -126,7 +126,8 @@ def tokenize_cached(source: Source, tokenizer: Tokenizer, folder: str | None, la
     """Tokenize all examples of a data set, or read their tokens from the cache in `folder` (see `cached`).
 
     The key is made of the layout and hashes of content and vocabulary, so a file may be moved, renamed or edited.
-    Cached content is not checked again: it passed the checks when it was tokenized. Raises UserError for data that fails them.
+    Cached content is not checked again: it passed the checks when it was tokenized. Raises UserError for data that
+    fails them.
     """
     key = f"{FORMAT}-{layout}-{source.digest()[:32]}-{tokenizer.fingerprint[:32]}"
     return cached(folder, key, lambda: tokenize(source.examples(), tokenizer, Path(source.path).name, layout))
