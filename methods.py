@@ -25,10 +25,13 @@ class Method(NamedTuple):
 
 
 _ROWS = (
-    Method("coconut", "Coconut", "coconut", "by stage", special_tokens=True, thinks=True),
+    # name, title, key, drops_steps, thought, curriculum, special_tokens, thinks
+    Method("coconut", "Coconut", "coconut", "by stage", "hidden", "steps", True, True),
+    Method("no_curriculum", "Coconut without curriculum", "coconut", "at once", "hidden", "none", True, True),
     Method("cot", "CoT", "cot", "never"),
     Method("no_cot", "No-CoT", "no_cot", "at once"),
     Method("no_thoughts", "Coconut without thoughts", "no_thoughts", "by stage"),
+    Method("no_thoughts_no_curriculum", "No-CoT (no_thoughts)", "no_thoughts", "at once", curriculum="none"),
 )
 METHODS = {method.name: method for method in _ROWS}
 METHOD_KEYS = tuple(dict.fromkeys(method.key for method in _ROWS))

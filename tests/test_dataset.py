@@ -172,6 +172,56 @@ def test_longest_is_the_longest_sequence_of_the_run(given_examples, config):
         assert found == max(trained) > max(prompts)
 
 
+# The rows of Table 1 beyond the official four
+
+
+def batches_of(config: Config, epoch: int, data) -> list[list[np.ndarray]]:
+    """The arrays of every batch of an epoch, for training and for evaluation."""
+    curriculum = Curriculum(config, TOKENIZER)
+    trained = all_batches(dataset.training_batches(data, curriculum, epoch))
+    checked = list(dataset.loss_batches(data, curriculum, epoch))
+    prompted = [batch for _, batch in dataset.prompt_batches(data, curriculum, curriculum.stage(epoch))]
+    return [[np.asarray(value) for value in batch] for batch in [*trained, *checked, *prompted]]
+
+
+def assert_same(one: list[list[np.ndarray]], other: list[list[np.ndarray]]) -> None:
+    assert len(one) == len(other) > 0
+    assert all(np.array_equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@PROPERTY
+@given(many_examples, configs(), st.integers(0, 3))
+def test_without_curriculum_every_epoch_is_the_last_stage(given_examples, config, epoch):
+    """Question, all latents, answer: no written step at any epoch."""
+    data = tokens_of(given_examples, config.layout)
+    keys = {**config.to_dict(), **dict.fromkeys(METHOD_KEYS, False), "coconut": True, "uniform_prob": 0.0}
+    most = config.max_latent_stage
+    always = Config(**{**keys, "curriculum": "none"})
+    curriculum = Curriculum(always, TOKENIZER)
+    for index in range(len(data)):
+        tokens = data[index]
+        n_latents = config.c_thought * (most if config.pad_latent_to_max else min(most, len(tokens.steps)))
+        expected = [*tokens.question, *expected_thoughts(n_latents, always), *tokens.answer]
+        assert curriculum.training(tokens, curriculum.stage(epoch)).ids.tolist() == expected
+
+
+def test_without_curriculum_at_an_epoch_is_the_curriculum_past_its_end():
+    data, keys = small_set(), {**CURRICULUM, "epochs_per_stage": 2}
+    always, steps = make_config(**keys, curriculum="none"), make_config(**keys)
+    for epoch in (6, 7, 9):
+        assert Curriculum(always, TOKENIZER).stage(epoch) == Curriculum(steps, TOKENIZER).stage(6) == 3
+        assert_same(batches_of(always, epoch, data), batches_of(steps, epoch, data))
+    early = batches_of(always, 0, data)
+    with pytest.raises(AssertionError):
+        assert_same(early, batches_of(steps, 0, data))
+
+
+def test_no_thoughts_without_curriculum_is_no_cot():
+    one, other = make_config("no_thoughts", **CURRICULUM, curriculum="none"), make_config("no_cot", **CURRICULUM)
+    for epoch in (0, 3):
+        assert_same(batches_of(one, epoch, small_set()), batches_of(other, epoch, small_set()))
+
+
 def test_an_evaluation_looks_at_its_own_stage_alone():
     data = tokens_of([Example("q", ["x" * 40, "y" * 40, "zz"], "a")])
     config = make_config(c_thought=5, max_latent_stage=9, num_epochs=9, only_eval=True, resume=2)
