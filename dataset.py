@@ -74,14 +74,11 @@ class Curriculum:
     def training(self, example: TokenExample, stage: int) -> TrainingSequence:
         """Question, thoughts, remaining steps and answer; labels begin behind the thoughts."""
         n_dropped, n_latents = self.training_counts(stage, len(example.steps))
-        thoughts = self._thoughts(n_latents)
-        ids = np.concatenate([example.question, thoughts, *example.steps[n_dropped:], example.answer])
-        return TrainingSequence(ids, self._latent_start(example), n_latents, len(example.question) + len(thoughts))
+        return self._sequence(example, n_latents, [*example.steps[n_dropped:], example.answer])
 
     def prompt(self, example: TokenExample, n_latents: int) -> TrainingSequence:
         """Question and exactly n_latents thoughts; nothing is labeled."""
-        ids = np.concatenate([example.question, self._thoughts(n_latents)])
-        return TrainingSequence(ids, self._latent_start(example), n_latents, len(ids))
+        return self._sequence(example, n_latents, [])
 
     def longest(self, data: TokenDataset) -> np.ndarray:
         """The most positions that each example takes in any epoch of the run [n]; its prompts are never longer."""
@@ -114,8 +111,13 @@ class Curriculum:
         ids = [tokens.latent_id] * n_latents
         return np.array([tokens.start_id, *ids, tokens.end_id] if self.special_tokens else ids, dtype=np.int32)
 
-    def _latent_start(self, example: TokenExample) -> int:
-        return len(example.question) + self.special_tokens
+    def _sequence(self, example: TokenExample, n_latents: int, labeled: list[np.ndarray]) -> TrainingSequence:
+        """Pauses are ordinary tokens: the row of `<|latent|>` is their learned vector, and nothing is fed back."""
+        thoughts = self._thoughts(n_latents)
+        ids = np.concatenate([example.question, thoughts, *labeled])
+        n_fed_back = n_latents if self.method.thought == "hidden" else 0
+        n_unlabeled = len(example.question) + len(thoughts)
+        return TrainingSequence(ids, len(example.question) + self.special_tokens, n_fed_back, n_unlabeled)
 
 
 class Data:

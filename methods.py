@@ -23,11 +23,17 @@ class Method(NamedTuple):
     special_tokens: bool = False  # start and end token between question and steps, also around zero latents (official)
     thinks: bool = False  # whether dropped steps are replaced by c_thought latents each
 
+    @property
+    def latents(self) -> str:
+        """What the latent places of a sequence are called."""
+        return "pauses" if self.thought == "pause" else "latents"
+
 
 _ROWS = (
     # name, title, key, drops_steps, thought, curriculum, special_tokens, thinks
     Method("coconut", "Coconut", "coconut", "by stage", "hidden", "steps", True, True),
     Method("no_curriculum", "Coconut without curriculum", "coconut", "at once", "hidden", "none", True, True),
+    Method("pause_as_thought", "Pause as thought", "coconut", "by stage", "pause", "steps", True, True),
     Method("cot", "CoT", "cot", "never"),
     Method("no_cot", "No-CoT", "no_cot", "at once"),
     Method("no_thoughts", "Coconut without thoughts", "no_thoughts", "by stage"),

@@ -33,7 +33,7 @@ def show_plan(config, blas: str, group) -> None:
 
 
 def stage_lines(run: Run) -> list[str]:
-    """One line for each stage of the curriculum: its epochs, thoughts and optimizer steps."""
+    """One line for each stage of the curriculum: its epochs, latents and optimizer steps."""
     curriculum, lines = run.curriculum, []
     step_counts = sorted(set(run.train.tokens.n_steps.tolist()))
     for stage, group in groupby(range(run.first_epoch, run.config.num_epochs), key=curriculum.stage):
@@ -42,7 +42,7 @@ def stage_lines(run: Run) -> list[str]:
         trained = _range({curriculum.training_counts(stage, n)[1] for n in step_counts})
         prompted = _range({curriculum.n_prompt_latents(stage, n) for n in step_counts})
         lines.append(
-            f"  {span}: stage {stage}, {trained} thoughts in training and {prompted} in evaluation, "
+            f"  {span}: stage {stage}, {trained} {curriculum.method.latents} in training and {prompted} in evaluation, "
             f"{run.steps_per_epoch * len(epochs):,} steps"
         )
     return lines

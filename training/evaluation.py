@@ -22,7 +22,8 @@ class Evaluation:
     """The judged answers of a whole set, in file order, and the time that took."""
 
     predictions: list[dict]
-    n_latents: list[int]
+    n_latents: list[int]  # latent places of each prompt
+    latents: str  # what they are called
     seconds: float
 
     @property
@@ -39,7 +40,7 @@ class Evaluation:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens generated per answer, latents included, as the paper counts them."""
+        """Tokens generated per answer, latents included and pauses not, as the paper counts them."""
         return sum(p["n_tokens"] for p in self.predictions) / len(self.predictions)
 
     @property
@@ -50,10 +51,10 @@ class Evaluation:
         """The result in one line."""
         low, high = self.interval()
         fewest, most = min(self.n_latents), max(self.n_latents)
-        latents = f"{most}" if fewest == most else f"{fewest} to {most}"
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
         return (
             f"accuracy {self.n_correct}/{len(self.predictions)} = {self.accuracy:.3f} (95 % interval {low:.3f} to "
-            f"{high:.3f}), CoT match {self.cot_match:.3f}, latents {latents}, {self.mean_tokens:.1f} tokens and "
+            f"{high:.3f}), CoT match {self.cot_match:.3f}, {self.latents} {count}, {self.mean_tokens:.1f} tokens and "
             f"{self.seconds_per_example:.3f} s per example"
         )
 
@@ -102,13 +103,14 @@ class Evaluator:
         found = np.concatenate(
             [np.empty((0, 2 + limit), np.int32), *self._decode(self.checked(self._prompts(stage)), limit)]
         )
-        rows = np.concatenate(self.group.all_gather_ragged(found))  # [n, 2 + limit]: index, latents, ids, then -1
+        rows = np.concatenate(self.group.all_gather_ragged(found))  # [n, 2 + limit]: index, thoughts, ids, then -1
         rows = rows[np.argsort(rows[:, 0])].tolist()
         predictions = [
             score(int(self.data.indices[i]), self.data.examples[i], [t for t in ids if t >= 0], n, self.curriculum)
             for i, n, *ids in rows
         ]
-        return Evaluation(predictions, [row[1] for row in rows], time.perf_counter() - start)
+        n_latents = [self.curriculum.n_prompt_latents(stage, n) for n in self.data.tokens.n_steps.tolist()]
+        return Evaluation(predictions, n_latents, self.config.method.latents, time.perf_counter() - start)
 
     def _prompts(self, stage: int) -> Iterable[tuple[list[int], Batch]]:
         return prompt_batches(self.data.tokens, self.curriculum, stage, self.group)

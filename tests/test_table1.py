@@ -1,0 +1,180 @@
+"""The rows of Table 1 that the official code does not train, against their definitions (docs/fidelity.md)."""
+
+from itertools import product
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from coconut import Coconut
+from config import Config
+from dataset import Curriculum, collate
+from models.gpt2 import GPT2, GPT2Config
+from startup import blas  # noqa: F401  before mlx
+from text.reader import Example
+from text.tokenizer import Tokenizer
+from text.tokens import tokenize
+
+TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)} | {b"###": 256}, "test")
+EXAMPLES = [
+    Example("What is it?", ["ab", "c", "defg"], "42"),
+    Example("And?", [], "7"),
+    Example("Which of them?", ["h", "ij", "k", "lm", "n"], "x"),
+    Example("Who?", ["opqrst"], "yz"),
+]
+KEYS = {"c_thought": 2, "max_latent_stage": 3}
+
+
+def make_config(key: str = "coconut", **keys) -> Config:
+    return Config(**{"save_path": "", "name": "", "val_path": "", key: True, **KEYS, **keys})
+
+
+def curriculum_of(key: str = "coconut", **keys) -> Curriculum:
+    return Curriculum(make_config(key, **keys), TOKENIZER)
+
+
+def tokens_of(layout: str = "lines"):
+    return tokenize(EXAMPLES, TOKENIZER, "test", layout)
+
+
+@pytest.fixture(scope="module")
+def model() -> Coconut:
+    """A small GPT-2 without dropout whose weights are large enough to make every part of it matter."""
+    mx.random.seed(0)
+    shape = {"n_positions": 80, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+    rates = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    return Coconut(GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, **shape, **rates))).eval()
+
+
+# Pauses
+
+
+@pytest.mark.parametrize("layout", ["lines", "compact"])
+@pytest.mark.parametrize("curriculum", ["steps", "none"])
+def test_pauses_stand_where_latents_do(curriculum, layout):
+    """Ids and labels of every row at every stage, in training and in prompts; only nothing is fed back."""
+    hidden = curriculum_of(curriculum=curriculum, layout=layout)
+    pause = curriculum_of(curriculum=curriculum, layout=layout, thought="pause")
+    data = tokens_of(layout)
+    for index, stage in product(range(len(data)), range(6)):
+        example = data[index]
+        n_latents = hidden.n_prompt_latents(stage, len(example.steps))
+        assert pause.n_prompt_latents(stage, len(example.steps)) == n_latents
+        for one, other in (
+            (hidden.training(example, stage), pause.training(example, stage)),
+            (hidden.prompt(example, n_latents), pause.prompt(example, n_latents)),
+        ):
+            assert np.array_equal(one.ids, other.ids)
+            assert one.n_unlabeled == other.n_unlabeled
+            assert other.n_latents == 0
+
+
+class FeedsPauses:
+    """A GPT-2 whose every pass seems to end in the pause vector: what the thought loop feeds back is then a pause."""
+
+    def __init__(self, transformer: GPT2):
+        self.transformer, self.passes = transformer, []
+        self.embed, self.make_cache = transformer.embed, transformer.make_cache
+
+    def __call__(self, embeddings: mx.array, cache: list) -> mx.array:
+        hidden = self.transformer(embeddings, cache)
+        self.passes.append(hidden)
+        pause = self.transformer.embed(mx.array([TOKENIZER.latent_id]))[0]
+        return mx.concatenate([hidden[:, :-1], mx.broadcast_to(pause, hidden[:, -1:].shape)], axis=1)
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_one_pass_over_pauses_equals_the_thought_loop_fed_with_them(model, stage):
+    data = tokens_of()
+    rows = [curriculum_of().training(data[i], stage) for i in range(len(data))]
+    looped = collate(rows, TOKENIZER.eos_id).to_mlx()
+    feeding = FeedsPauses(model.transformer)
+    Coconut.think(type("Loop", (), {"transformer": feeding})(), looped)
+    assert len(feeding.passes) == 1 + 2 * min(stage, 3)
+    expected = mx.concatenate(feeding.passes, axis=1)
+    rows = [curriculum_of(thought="pause").training(data[i], stage) for i in range(len(data))]
+    single = collate(rows, TOKENIZER.eos_id).to_mlx()
+    found, _ = model.think(single)
+    for row in range(len(rows)):
+        one = model.transformer.logits(found[row][mx.array(np.flatnonzero(single.attention_mask[row]))])
+        other = model.transformer.logits(expected[row][mx.array(np.flatnonzero(looped.attention_mask[row]))])
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_pause_vector_learns_from_what_it_does_as_an_input(model):
+    """The gradient of its row where the tied head sees a constant in the row's place."""
+    data = tokens_of()
+    rows = [curriculum_of(thought="pause").training(data[i], 2) for i in range(len(data))]
+    batch = collate(rows, TOKENIZER.eos_id).to_mlx()
+    head = mx.stop_gradient(model.transformer.wte.weight)
+
+    def loss(model):
+        hidden, _ = model.think(batch)
+        labeled = hidden.reshape(-1, hidden.shape[-1])[batch.label_positions]
+        return (nn.losses.cross_entropy(labeled @ head.T, batch.labels) * batch.label_mask).sum()
+
+    _, gradient = nn.value_and_grad(model, loss)(model)
+    assert mx.abs(gradient["transformer"]["wte"]["weight"][TOKENIZER.latent_id]).max().item() > 1e-3
+
+
+# An independent oracle: the definitions in PyTorch, one row at a time
+
+torch = pytest.importorskip("torch", reason="torch is not installed: the live oracle is skipped")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the live oracle is skipped")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+
+@pytest.fixture(scope="module")
+def theirs(model, tmp_path_factory):
+    """The same weights in transformers' GPT-2."""
+    folder = tmp_path_factory.mktemp("oracle")
+    shape = model.transformer.config.to_dict()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, attn_implementation="eager")).eval()
+    mx.save_safetensors(str(folder / "m.safetensors"), dict(tree_flatten(model.parameters())))
+    missing = theirs.load_state_dict(safetensors_torch.load_file(folder / "m.safetensors"), strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    return theirs
+
+
+def bytes_of(text: str) -> list[int]:
+    """The ids of a text: `###` is one token, every other byte its own."""
+    return [256, *text[3:].encode()] if text.startswith("###") else list(text.encode())
+
+
+def their_loss(theirs, rows: list[tuple[list[int], list[int]]]) -> float:
+    """Mean cross-entropy over all labeled tokens; rows of (unlabeled ids, labeled ids)."""
+    losses = []
+    for before, labeled in rows:
+        with torch.no_grad():
+            logits = theirs(torch.tensor([before + labeled])).logits[0]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits[len(before) - 1 : -1], torch.tensor(labeled), reduction="none")
+        )
+    return torch.cat(losses).mean().item()
+
+
+def our_loss(model: Coconut, curriculum: Curriculum, stage: int) -> float:
+    data = tokens_of(curriculum.config.layout)
+    rows = [curriculum.training(data[i], stage) for i in range(len(data))]
+    return model(collate(rows, TOKENIZER.eos_id).to_mlx()).item()
+
+
+def answer_of(example: Example) -> list[int]:
+    return [*bytes_of("### " + example.answer), TOKENIZER.eos_id]
+
+
+def pause_row(example: Example, stage: int) -> tuple[list[int], list[int]]:
+    """Question, start token, 2 pauses for each of up to 3 dropped steps, end token; what is left counts."""
+    n_pauses = 2 * min(stage, 3)
+    steps = [] if stage > 3 else example.steps[stage:]
+    special = [TOKENIZER.start_id, *[TOKENIZER.latent_id] * n_pauses, TOKENIZER.end_id]
+    chain = [i for step in steps for i in bytes_of(step + "\n")]
+    return bytes_of(example.question + "\n") + special, chain + answer_of(example)
+
+
+@pytest.mark.parametrize("stage", range(6))
+def test_pause_as_thought_has_the_loss_of_its_definition(model, theirs, stage):
+    expected = their_loss(theirs, [pause_row(example, stage) for example in EXAMPLES])
+    assert our_loss(model, curriculum_of(thought="pause"), stage) == pytest.approx(expected, rel=1e-5)
