@@ -34,6 +34,7 @@ _ROWS = (
     Method("coconut", "Coconut", "coconut", "by stage", "hidden", "steps", True, True),
     Method("no_curriculum", "Coconut without curriculum", "coconut", "at once", "hidden", "none", True, True),
     Method("pause_as_thought", "Pause as thought", "coconut", "by stage", "pause", "steps", True, True),
+    Method("pause_token", "Pause token", "coconut", "at once", "pause", "none", True, True),
     Method("cot", "CoT", "cot", "never"),
     Method("no_cot", "No-CoT", "no_cot", "at once"),
     Method("no_thoughts", "Coconut without thoughts", "no_thoughts", "by stage"),

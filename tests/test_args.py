@@ -10,6 +10,8 @@ from config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("demo_"))
 NAMES = (
+    "gsm_pause_token prontoqa_pause_token prosqa_pause_token "
+    "gsm_coconut_pause prontoqa_coconut_pause prosqa_coconut_pause "
     "gsm_coconut_no_curriculum prontoqa_coconut_no_curriculum prosqa_coconut_no_curriculum "
     "gsm_cot gsm_coconut gsm_coconut_eval gsm_no_cot gsm_no_thoughts prontoqa_coconut prontoqa_coconut_eval "
     "prontoqa_no_cot prontoqa_no_thoughts prosqa_cot prosqa_cot_eval prosqa_coconut prosqa_coconut_eval prosqa_no_cot "

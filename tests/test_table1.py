@@ -174,6 +174,14 @@ def pause_row(example: Example, stage: int) -> tuple[list[int], list[int]]:
     return bytes_of(example.question + "\n") + special, chain + answer_of(example)
 
 
+def test_a_pause_token_run_is_question_pauses_and_answer(model, theirs):
+    """At every epoch what pause as thought shows in its last stage."""
+    curriculum = curriculum_of(thought="pause", curriculum="none")
+    expected = their_loss(theirs, [pause_row(example, 4) for example in EXAMPLES])
+    for epoch in (0, 9):
+        assert our_loss(model, curriculum, curriculum.stage(epoch)) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", range(6))
 def test_pause_as_thought_has_the_loss_of_its_definition(model, theirs, stage):
     expected = their_loss(theirs, [pause_row(example, stage) for example in EXAMPLES])
