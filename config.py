@@ -69,9 +69,19 @@ class Config:
 
     # Curriculum
     curriculum: str = key(
-        "how the written steps go away: one of the `steps` at each stage, or all from the start (`none`)",
+        "how the written steps go away: one of the `steps` at each stage, single `tokens` from the left (iCoT), or all "
+        "from the start (`none`)",
         "steps",
-        words=("steps", "none"),
+        words=("steps", "tokens", "none"),
+    )
+    tokens_per_epoch: float = key("curriculum `tokens`: tokens removed per epoch", 1, at_least=0)
+    remove_all_from: int | None = key(
+        "curriculum `tokens`: once so many tokens are due, the whole chain goes; where None, the longest chain decides",
+        39,
+        at_least=1,
+    )
+    removal_smoothing: float | None = key(
+        "curriculum `tokens`: the rate of a random extra removal, P(o) ~ exp(-rate * o); None for no extra", 4, 0
     )
     c_thought: int = key("continuous thoughts that replace one reasoning step", 1, at_least=0)
     epochs_per_stage: int = key("epochs of each training stage", 1, at_least=1)
@@ -360,6 +370,13 @@ def _check_method(values: dict, problems: list[str]) -> None:
     words = {name: FIELDS[name].metadata["words"] for name in ("thought", "curriculum")}
     if thought not in words["thought"] or curriculum not in words["curriculum"]:
         return  # noted as a problem of that key already
+    if curriculum != "steps" and values.get("uniform_prob"):
+        problems.append(f"uniform_prob: draws stages, and curriculum `{curriculum}` has none")
+    for name in ("tokens_per_epoch", "remove_all_from", "removal_smoothing"):
+        if curriculum != "tokens" and values.get(name, FIELDS[name].default) != FIELDS[name].default:
+            problems.append(f"{name}: has no effect without curriculum `tokens`")
+    if curriculum == "tokens" and 0 in (values.get("tokens_per_epoch"), values.get("removal_smoothing")):
+        problems.append("tokens_per_epoch, removal_smoothing: expected more than 0")
     if not find_method(chosen[0], thought, curriculum):
         known = [pair for pair in itertools.product(*words.values()) if find_method(chosen[0], *pair)]
         listed = "; ".join(f"`{thought}` with `{curriculum}`" for thought, curriculum in known)

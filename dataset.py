@@ -4,6 +4,7 @@ class Curriculum is the method's side of it: a function from (example, stage) to
 it shuffle, split and pad those sequences.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from text.tokenizer import Tokenizer
 from text.tokens import LAYOUTS, TokenDataset, TokenExample, tokenize, tokenize_cached
 from utils import UserError, warn
 
+MOST_EXTRA_TOKENS = 100  # of iCoT's random extra removal
+EVERYTHING = 2**31 - 1  # as a number of tokens: more than any chain has
 LABELS_MULTIPLE = 64  # labeled tokens of a batch are rounded up to this, so that shapes repeat
 
 
@@ -43,26 +46,65 @@ class Curriculum:
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.method, self.tokenizer = config, config.method, tokenizer
         self.layout = LAYOUTS[config.layout]
+        self.last_removal = config.remove_all_from or EVERYTHING  # tokens due from which nothing of a chain is left
         self.thoughts_per_step = config.c_thought if self.method.thinks else 0  # official run.py: 0 for no_thoughts
         self.special_tokens = self.method.special_tokens and self.layout.special_tokens
 
+    def limit_removal(self, data: TokenDataset) -> None:
+        """Let the removal of single tokens end where the longest chain of the training data is gone."""
+        self.last_removal = min(self.last_removal, int(data.chain_lengths.max()))
+
     def stage(self, epoch: int) -> int:
-        """The scheduled stage of an epoch, counted from 0 (official run.py: always 0 for cot and no_cot)."""
+        """The scheduled stage of an epoch, counted from 0 (official run.py: always 0 for cot and no_cot).
+
+        Where the chain goes away by tokens (iCoT) it is the number of tokens due at the epoch's end.
+        """
+        if self.method.drops_steps == "by token":
+            return min(math.ceil(self.config.tokens_per_epoch * (epoch + 1)) - 1, self.last_removal)
         if self.method.drops_steps == "by stage":
             return epoch // self.config.epochs_per_stage
         return self._last_stage if self.method.drops_steps == "at once" and self.method.thinks else 0
+
+    def step_stage(self, epoch: int, step: int, steps_per_epoch: int) -> int:
+        """The stage of one optimizer step: its epoch's, or the number of tokens due at it (arXiv 2405.14838, 3)."""
+        if self.method.drops_steps == "by token":
+            place = epoch * steps_per_epoch + step
+            return min(math.floor(self.config.tokens_per_epoch * place / steps_per_epoch), self.last_removal)
+        return self.stage(epoch)
+
+    def training_stages(self, data: TokenDataset, order: np.ndarray, epoch: int, items_per_step: int) -> np.ndarray:
+        """Each item's stage [n] in an epoch whose items come in `order`, items_per_step of them in each step.
+
+        Where the chain goes away by tokens, every item loses those that are due at its step and a random number more.
+        """
+        if self.method.drops_steps != "by token":
+            return self.item_stages(data.n_steps, epoch)[order]
+        steps_per_epoch = -(-len(order) // items_per_step)
+        due = np.array([self.step_stage(epoch, step, steps_per_epoch) for step in range(steps_per_epoch)])
+        due = np.repeat(due, items_per_step)[: len(order)]  # [n]
+        extra = np.zeros(len(order), dtype=np.int64)
+        if self.config.removal_smoothing is not None:
+            rng = np.random.default_rng((self.config.seed, epoch, 2))
+            stops = 1 - math.exp(-self.config.removal_smoothing)  # P(o) = stops * (1 - stops)^o
+            extra = np.minimum(rng.geometric(stops, len(order)) - 1, MOST_EXTRA_TOKENS)
+        return np.where(due < self.last_removal, due + extra, EVERYTHING)
 
     def item_stages(self, n_steps: np.ndarray, epoch: int) -> np.ndarray:
         """Each item's stage in an epoch [n]: the scheduled one, or with uniform_prob one of 0..its number of steps."""
         rng = np.random.default_rng((self.config.seed, epoch, 1))
         drawn = rng.random(len(n_steps)) < self.config.uniform_prob
-        return np.where(drawn, rng.integers(0, n_steps + 1), self.stage(epoch))
+        stage = self.stage(epoch)
+        if self.method.drops_steps == "by token" and stage == self.last_removal:
+            stage = EVERYTHING
+        return np.where(drawn, rng.integers(0, n_steps + 1), stage)
 
     def training_counts(self, stage: int, n_steps: int) -> tuple[int, int]:
         """(steps dropped, latents put in) of one training item (official get_cot_latent_dataset).
 
         Up to max_latent_stage the number of latents follows the stage alone and ignores pad_latent_to_max: official.
         """
+        if self.method.drops_steps == "by token":
+            return 0, 0
         if stage >= self._last_stage or self.method.drops_steps == "at once":
             return n_steps, self._most_replaced(n_steps) * self.thoughts_per_step
         return min(stage, n_steps), stage * self.thoughts_per_step
@@ -74,7 +116,11 @@ class Curriculum:
     def training(self, example: TokenExample, stage: int) -> TrainingSequence:
         """Question, thoughts, remaining steps and answer; labels begin behind the thoughts."""
         n_dropped, n_latents = self.training_counts(stage, len(example.steps))
-        return self._sequence(example, n_latents, [*example.steps[n_dropped:], example.answer])
+        steps = example.steps[n_dropped:]
+        if self.method.drops_steps == "by token":
+            chain = np.concatenate([example.answer[:0], *steps])
+            steps = [chain[stage:]]
+        return self._sequence(example, n_latents, [*steps, example.answer])
 
     def prompt(self, example: TokenExample, n_latents: int) -> TrainingSequence:
         """Question and exactly n_latents thoughts; nothing is labeled."""
@@ -207,10 +253,11 @@ def training_batches(
     """
     config = curriculum.config
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data))
-    stages = curriculum.item_stages(data.n_steps, epoch)
     size = config.batch_size_training * group.world_size
+    stages = curriculum.training_stages(data, order, epoch, size * config.gradient_accumulation_steps)
     for start in range(skip * size, len(order), size):
-        sequences = [curriculum.training(data[i], int(stages[i])) for i in order[start : start + size]]
+        chosen = zip(order[start : start + size], stages[start : start + size], strict=True)
+        sequences = [curriculum.training(data[i], int(stage)) for i, stage in chosen]
         yield micro_batch(sequences, group, curriculum.tokenizer.eos_id)
 
 

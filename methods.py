@@ -17,7 +17,7 @@ class Method(NamedTuple):
     name: str
     title: str  # in tables and pictures
     key: str
-    drops_steps: Literal["by stage", "at once", "never"]
+    drops_steps: Literal["by stage", "by token", "at once", "never"]
     thought: str = "hidden"
     curriculum: str = "steps"
     special_tokens: bool = False  # start and end token between question and steps, also around zero latents (official)
@@ -38,6 +38,7 @@ _ROWS = (
     Method("cot", "CoT", "cot", "never"),
     Method("no_cot", "No-CoT", "no_cot", "at once"),
     Method("no_thoughts", "Coconut without thoughts", "no_thoughts", "by stage"),
+    Method("icot", "iCoT", "no_thoughts", "by token", curriculum="tokens"),
     Method("no_thoughts_no_curriculum", "No-CoT (no_thoughts)", "no_thoughts", "at once", curriculum="none"),
 )
 METHODS = {method.name: method for method in _ROWS}

@@ -1,6 +1,7 @@
 """The configuration: official spellings, precedence, problems reported at once, derived values, and help."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -271,6 +272,7 @@ def test_optimizer_resets(reset, method, expected):
     config = make(method, epochs_per_stage=2, reset_optimizer=reset)
     trainer = object.__new__(Trainer)
     trainer.config, trainer.curriculum = config, Curriculum(config, None)
+    trainer.run = SimpleNamespace(steps_per_epoch=4)
     found = []
     for epoch in range(6):
         trainer.state = TrainState(epoch=epoch)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from coconut import Coconut
 from config import Config
-from dataset import Curriculum, collate
+from dataset import Curriculum, collate, loss_batches, prompt_batches, training_batches
 from models.gpt2 import GPT2, GPT2Config
 from startup import blas  # noqa: F401  before mlx
 from text.reader import Example
@@ -119,6 +119,106 @@ def test_the_pause_vector_learns_from_what_it_does_as_an_input(model):
     assert mx.abs(gradient["transformer"]["wte"]["weight"][TOKENIZER.latent_id]).max().item() > 1e-3
 
 
+# iCoT: single tokens go away, as a function of the optimizer step
+
+
+def icot(**keys) -> Curriculum:
+    return curriculum_of("no_thoughts", **{"curriculum": "tokens", "remove_all_from": None, **keys})
+
+
+def test_nothing_is_due_at_the_start_and_the_number_never_falls():
+    for rate in (0.3, 1, 2, 7.5):
+        curriculum = icot(tokens_per_epoch=rate)
+        due = [curriculum.step_stage(epoch, step, 70) for epoch in range(6) for step in range(70)]
+        assert due[0] == 0 and due == sorted(due)
+        assert due == [int(rate * place / 70 + 1e-9) for place in range(420)]
+        assert [curriculum.stage(epoch) for epoch in range(6)] == due[
+            69::70
+        ]  # an evaluation is at the epoch's last step
+
+
+def test_once_the_longest_chain_is_due_the_batches_are_those_of_no_cot():
+    data, curriculum = tokens_of(), icot(tokens_per_epoch=3, removal_smoothing=None)
+    longest = int(data.chain_lengths.max())
+    assert longest == max(sum(len(step) + 1 for step in example.steps) for example in EXAMPLES)
+    curriculum.limit_removal(data)
+    no_cot = curriculum_of("no_cot")
+    for epoch in range(8):
+        same = equal_batches(curriculum, no_cot, data, epoch)
+        assert same == (3 * epoch >= longest), epoch
+    assert curriculum.stage(7) == longest
+
+
+def equal_batches(one: Curriculum, other: Curriculum, data, epoch: int) -> bool:
+    """Whether training batches, validation batches and prompts of an epoch are the same."""
+    arrays = []
+    for curriculum in (one, other):
+        chunks = [chunk.batch for batch in training_batches(data, curriculum, epoch) for chunk in batch]
+        prompts = [batch for _, batch in prompt_batches(data, curriculum, curriculum.stage(epoch))]
+        arrays.append(
+            [value for batch in [*chunks, *loss_batches(data, curriculum, epoch), *prompts] for value in batch]
+        )
+    return all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
+
+
+@pytest.mark.parametrize(("due", "left"), [(37, 20), (38, 20), (39, 0), (40, 0)])
+def test_from_remove_all_on_nothing_is_left_of_longer_chains(due, left):
+    """The limit is on what is due and not on the random extra (official train.py of iCoT)."""
+    long = tokenize([Example("q", ["x" * 57], "a")] * 50, TOKENIZER, "test")
+    curriculum = icot(tokens_per_epoch=due, remove_all_from=39, removal_smoothing=0.5)
+    curriculum.limit_removal(long)
+    [stages] = [curriculum.training_stages(long, np.arange(50), 1, 50)]
+    lengths = [len(curriculum.training(long[0], int(stage)).ids) for stage in stages]
+    short = len(bytes_of("q\n")) + len(answer_of(Example("q", [], "a")))
+    assert max(lengths) - short == (58 - due if left else 0)
+    assert left == 0 or min(lengths) < max(lengths)  # some lose more
+
+
+def test_the_tokens_of_whole_steps_are_coconut_without_thoughts_at_that_stage():
+    data, curriculum, steps = tokens_of(), icot(removal_smoothing=None), curriculum_of("no_thoughts")
+    for index, n_dropped in product(range(len(data)), range(4)):
+        due = sum(map(len, data[index].steps[:n_dropped]))
+        one, other = curriculum.training(data[index], due), steps.training(data[index], n_dropped)
+        assert np.array_equal(one.ids, other.ids) and one.n_unlabeled == other.n_unlabeled
+
+
+def test_the_random_extra_is_rarely_more_than_nothing():
+    data = tokenize([Example("q", ["x" * 500], "a")] * 100_000, TOKENIZER, "test")
+    stages = icot(removal_smoothing=4.0).training_stages(data, np.arange(len(data)), 0, len(data))
+    assert np.mean(stages == 0) == pytest.approx(1 - np.exp(-4), abs=0.002)
+    assert np.mean(stages == 1) == pytest.approx((1 - np.exp(-4)) * np.exp(-4), abs=0.002)
+    assert not np.array_equal(stages, icot(seed=1).training_stages(data, np.arange(len(data)), 0, len(data)))
+    assert icot(removal_smoothing=0.01).training_stages(data, np.arange(len(data)), 0, len(data)).max() == 100
+
+
+@pytest.mark.parametrize("skip", range(7))
+def test_a_resumed_icot_epoch_has_the_same_batches(skip):
+    data = tokenize(EXAMPLES * 3, TOKENIZER, "test")
+    curriculum = icot(tokens_per_epoch=5, removal_smoothing=0.3, batch_size_training=2, gradient_accumulation_steps=2)
+    whole, rest = (list(training_batches(data, curriculum, 1, skip=n)) for n in (0, skip))
+    assert len(whole) == 6 and len(rest) == max(0, 6 - skip)
+    for one, other in zip([c for b in whole[skip:] for c in b], [c for b in rest for c in b], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one.batch, other.batch, strict=True))
+
+
+def test_an_evaluation_draws_nothing():
+    """The same validation batches for any seed and smoothing, and prompts that are the question alone."""
+    data = tokens_of()
+    one, other = icot(removal_smoothing=0.1, seed=1), icot(removal_smoothing=None, seed=2)
+    for epoch in (0, 2, 30):
+        batches = [list(loss_batches(data, curriculum, epoch)) for curriculum in (one, other)]
+        assert all(np.array_equal(a, b) for x, y in zip(*batches, strict=True) for a, b in zip(x, y, strict=True))
+    assert one.n_prompt_latents(9, 3) == 0
+    assert np.array_equal(one.prompt(data[0], 0).ids, data[0].question)
+
+
+def test_the_longest_sequence_has_the_whole_chain():
+    data = tokens_of()
+    whole = [len(icot().training(data[i], 0).ids) for i in range(len(data))]
+    assert icot(num_epochs=9).longest(data).tolist() == whole
+    assert icot(num_epochs=9, only_eval=True, resume=8).longest(data).tolist() == whole
+
+
 # An independent oracle: the definitions in PyTorch, one row at a time
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the live oracle is skipped")
@@ -186,3 +286,15 @@ def test_a_pause_token_run_is_question_pauses_and_answer(model, theirs):
 def test_pause_as_thought_has_the_loss_of_its_definition(model, theirs, stage):
     expected = their_loss(theirs, [pause_row(example, stage) for example in EXAMPLES])
     assert our_loss(model, curriculum_of(thought="pause"), stage) == pytest.approx(expected, rel=1e-5)
+
+
+def icot_row(example: Example, due: int) -> tuple[list[int], list[int]]:
+    """Question; then the chain without its first `due` tokens, and the answer, which all count."""
+    chain = [i for step in example.steps for i in bytes_of(step + "\n")]
+    return bytes_of(example.question + "\n"), chain[due:] + answer_of(example)
+
+
+@pytest.mark.parametrize("due", [0, 1, 3, 7, 11, 40])
+def test_icot_has_the_loss_of_its_definition(model, theirs, due):
+    expected = their_loss(theirs, [icot_row(example, due) for example in EXAMPLES])
+    assert our_loss(model, icot(), due) == pytest.approx(expected, rel=1e-5)

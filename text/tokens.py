@@ -82,6 +82,11 @@ class TokenDataset:
         first_piece = np.minimum(self.questions + 1 + step, self.answers)
         return self.starts[self.answers + 1] - self.starts[first_piece]
 
+    @property
+    def chain_lengths(self) -> np.ndarray:
+        """Tokens of all steps of every example [n]."""
+        return self.lengths_from(0) - self.lengths_from(self.n_steps)
+
     def shared_questions(self, other: "TokenDataset") -> np.ndarray:
         """Indices of the examples whose question is also in `other`: equal tokens mean equal texts."""
         others = set(other._question_bytes())

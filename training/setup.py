@@ -110,6 +110,7 @@ def load(config: Config, group: Group = ALONE) -> Run:
     if not config.only_eval:
         train = Data(config.train_path, curriculum, n_positions, debug_limit=5000, keep_texts=False)
         warn_of_shared_questions(train, valid)
+        curriculum.limit_removal(train.tokens)
     transformer = load_gpt2(source, config, tokenizer)
     transformer.grad_checkpoint = config.grad_checkpoint
     return Run(config, source, curriculum, Coconut(transformer), train, valid, saved, group)

@@ -45,8 +45,6 @@ class Trainer:
     def train(self) -> None:
         """Train from the state's place to the last epoch. Raises Stopped, after saving, where a signal asks for it."""
         while self.state.epoch < self.config.num_epochs:
-            if self.state.step == 0 and self._resets_optimizer():
-                self.optimizer = new_optimizer(self.run.model, self.config)
             self.train_epoch()
             self._check_parameters()
             self._save_checkpoint()
@@ -73,6 +71,8 @@ class Trainer:
         title = f"Epoch {state.epoch + 1}/{self.config.num_epochs}, stage {self.stage}"
         with Progress(total=n_steps, initial=state.step, desc=title, unit=" steps") as bar:
             for micro_batches in group_batches(batches, self.config):
+                if self._resets_optimizer():
+                    self.optimizer = step.optimizer = new_optimizer(run.model, self.config)
                 result = step(micro_batches, state.epoch, state.step, self._learning_rate())
                 self._log_step(result)
                 state.step += 1
@@ -109,15 +109,17 @@ class Trainer:
         self.metrics.rewind(state.epoch * self.run.steps_per_epoch + state.step, state.epoch)
 
     def _resets_optimizer(self) -> bool:
-        """Whether a new optimizer is made before the epoch in progress.
+        """Whether a new optimizer is made before the next step.
 
         The official README says "when switching training stages", its code (run.py) does it every epoch; True does
         what the code does, `stage` what the README says.
         """
-        epoch = self.state.epoch
+        epoch, step, per_epoch = self.state.epoch, self.state.step, self.run.steps_per_epoch
         if self.config.reset_optimizer == "stage":
-            return epoch > 0 and self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
-        return self.config.reset_optimizer is True
+            earlier = (epoch, step - 1) if step else (epoch - 1, per_epoch - 1)
+            stages = [self.curriculum.step_stage(*place, per_epoch) for place in (earlier, (epoch, step))]
+            return epoch + step > 0 and stages[0] != stages[1]
+        return self.config.reset_optimizer is True and step == 0
 
     def _learning_rate(self) -> float:
         """lr, or less during the first warmup_steps steps of the run."""
@@ -129,10 +131,10 @@ class Trainer:
         return config.lr * min(1.0, (n_taken + 1) / config.warmup_steps)
 
     def _log_step(self, result: StepResult) -> None:
-        epoch, step = self.state.epoch, self.state.step
+        epoch, step, per_epoch = self.state.epoch, self.state.step, self.run.steps_per_epoch
         self.metrics.log({
-            "train/epoch": epoch + 1, "train/step": epoch * self.run.steps_per_epoch + step, "train/loss": result.loss,
-            "epoch": epoch + 1, "stage": self.stage,
+            "train/epoch": epoch + 1, "train/step": epoch * per_epoch + step, "train/loss": result.loss,
+            "epoch": epoch + 1, "stage": self.curriculum.step_stage(epoch, step, per_epoch),
         })  # fmt: skip
 
     def _save_if_due(self) -> None:
@@ -176,7 +178,8 @@ class Trainer:
     def _finish_epoch(self, accuracy: float) -> None:
         """Keep the best, move on to the next epoch, and record that in the saved state."""
         state, stage, epochs_done = self.state, self.stage, self.state.epoch + 1
-        if accuracy > state.best_accuracy:
+        removed = self.config.method.drops_steps != "by token" or stage == self.curriculum.last_removal
+        if removed and accuracy > state.best_accuracy:  # iCoT's best is one without a written chain (arXiv 2405.14838)
             state.best_accuracy, state.best_epoch = accuracy, epochs_done
             if self.writes and self.config.save_only_improve:
                 path = checkpoint.save_checkpoint(self.run.model, self.run.metadata(epochs_done, stage))
