@@ -1,6 +1,6 @@
 """Generate questions of reachability in graphs from a seed: data/graph_*.json, in a few seconds.
 
-    python preprocessing/graphs.py                       40,000 and 500 items on trees, 45,000 and 200 on chains
+    python preprocessing/graphs.py                       40,000 training items on trees and 45,000 on chains
     python preprocessing/graphs.py --nodes 9 --hops 4 --train 100000 --prefix graph_4hops
 
 An item has two separate random trees with the same number of nodes. Node names are drawn anew for every item and the
@@ -14,7 +14,7 @@ half of the time. Every item also holds its graph for analysis/: edges, root, ta
 root. The files graph_chains_* have two chains of one of several lengths in place of the trees: easy items to begin
 with.
 
-No question appears twice, neither within a file nor across the four. The vocabulary (config key `tokenizer`) makes
+No question appears twice, neither within a file nor across the five. The vocabulary (config key `tokenizer`) makes
 every node one token. The task is scaled down from arXiv 2505.12514; the paper on Coconut does not use it.
 """
 
@@ -123,6 +123,7 @@ def make_splits(options):
 
     return {
         "valid": list(distinct(tree_item, options.valid, seen)),
+        "test": list(distinct(tree_item, options.test, seen)),
         "chains_valid": list(distinct(chain_item, options.chains_valid, seen)),
         "train": list(distinct(tree_item, options.train, seen)),
         "chains_train": list(distinct(chain_item, options.chains_train, seen)),
@@ -142,7 +143,7 @@ def option_problems(options):
         ),
         *(
             (getattr(options, name) >= 1, f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
-            for name in ("train", "valid", "chains_train", "chains_valid")
+            for name in ("train", "valid", "test", "chains_train", "chains_valid")
         ),
         (re.fullmatch(r"[\w.-]+", options.prefix), f"--prefix {options.prefix!r}: expected a name without folders"),
     ]
@@ -158,9 +159,10 @@ def parse_args(arguments=None):
         "--chain-nodes", type=int, nargs="+", default=[3, 4, 5, 7], help="lengths of the chains (default 3 4 5 7)"
     )
     parser.add_argument("--train", type=int, default=40_000, help="training items on trees (default 40,000)")
-    parser.add_argument("--valid", type=int, default=500, help="held-out items on trees (default 500)")
+    parser.add_argument("--valid", type=int, default=500, help="validation items on trees (default 500)")
+    parser.add_argument("--test", type=int, default=500, help="test items on trees (default 500)")
     parser.add_argument("--chains-train", type=int, default=45_000, help="training items on chains (default 45,000)")
-    parser.add_argument("--chains-valid", type=int, default=200, help="held-out items on chains (default 200)")
+    parser.add_argument("--chains-valid", type=int, default=200, help="validation items on chains (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default 0)")
     parser.add_argument("--prefix", default="graph", help="first part of the file names (default graph)")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to (default data)")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ("--train", "300", "--valid", "100", "--chains-train", "200", "--chains-valid", "50")
-SPLITS = ("train", "valid", "chains_train", "chains_valid")
+SMALL = ("--train", "300", "--valid", "60", "--test", "40", "--chains-train", "200", "--chains-valid", "50")
+SPLITS = ("train", "valid", "test", "chains_train", "chains_valid")
 
 
 def generate(folder, *options):
@@ -60,7 +60,7 @@ def check_sound(item: dict, hops: int) -> tuple[dict, dict]:
 
 
 def test_trees_are_sound(default):
-    for item in [*default["train"], *default["valid"]]:
+    for item in [*default["train"], *default["valid"], *default["test"]]:
         for depth in check_sound(item, 3):
             assert len(depth) == 7 and Counter(depth.values())[1] >= 2
 
@@ -81,7 +81,7 @@ def test_no_question_appears_twice(default):
 
 def test_neither_order_nor_name_nor_place_gives_the_answer_away(default):
     """Each share is that of a fair coin, within five standard deviations (0.025 at 400 items)."""
-    items = [*default["train"], *default["valid"]]
+    items = [*default["train"], *default["valid"], *default["test"]]
     first = sum(item["question"].split("?")[1][0] == item["target"] for item in items) / len(items)
     smaller = sum(item["target"] < item["distractor"] for item in items) / len(items)
     ends = [next(i for i, edge in enumerate(item["edges"]) if edge[1] == item["target"]) for item in items]
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
 
 def test_held_out_items_do_not_depend_on_the_size_of_the_training_sets(default, tmp_path):
     other = made(tmp_path, *SMALL, "--train", "20", "--chains-train", "20")
-    assert other["valid"] == default["valid"] and other["chains_valid"] == default["chains_valid"]
+    assert all(other[split] == default[split] for split in ("valid", "test", "chains_valid"))
 
 
 def test_other_sizes(tmp_path):
