@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top floor down: a room imports from the floors below it and from itself.
 FLOORS = [
     {"scripts", "benchmarks"},
+    {"analysis"},
     {"run"},
     {"training"},
     {"dataset"},
@@ -28,9 +29,14 @@ TRAINING = [
     {"resume"},
     {"checkpoint", "step", "evaluation", "metrics", "curves"},
 ]
-FOLDERS = ("models", "text", "training", "parallel", "startup", "scripts", "benchmarks", "preprocessing")
+FOLDERS = ("models", "text", "training", "parallel", "startup", "analysis", "scripts", "benchmarks", "preprocessing")
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])
-COMMANDS = ["run", *(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))]
+LIBRARIES = {"graphs", "probing", "pictures"}  # of analysis/; its other files are commands
+COMMANDS = [
+    ROOT / "run.py",
+    *(path for folder in ("scripts", "analysis") for path in (ROOT / folder).glob("[a-z]*.py")),
+]
+COMMANDS = sorted(path for path in COMMANDS if path.stem not in LIBRARIES)
 
 
 @cache
@@ -90,10 +96,9 @@ def test_startup_belongs_to_entry_points(path):
         assert "os.environ[" not in text.replace("os.environ[name]", "") and "environ.setdefault" not in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_first_of_all_sees_to_ctrl_c(command):
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_command_first_of_all_sees_to_ctrl_c(path):
     """Before the slow imports; the scripts in preprocessing/ leave it to datafiles.py."""
-    path = ROOT / ("run.py" if command == "run" else f"scripts/{command}.py")
     assert imports(path)[0].startswith("startup.") and "startup.signals" in imports(path)[:2]
     assert "    signals.at_once()" in path.read_text(encoding="utf-8")
     for script in ROOT.glob("preprocessing/*.py"):

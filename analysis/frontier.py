@@ -1,0 +1,191 @@
+"""Which nodes of its graph each thought holds: `python -m analysis.frontier CHECKPOINT DATA`
+
+    python -m analysis.frontier models_shipped/graph-coconut models_shipped/graph_test.json
+
+A thought is compared with the embedding of every node of the item's graph (inner product; for GPT-2 that is the node's
+logit). If thoughts search breadth-first, thought k is close to all nodes k edges away from the root, its frontier, and
+far from the others (arXiv 2505.12514). Prints a table, and writes frontier.jsonl (settings in the first line, then one
+line for each item and thought) and frontier.png.
+"""
+
+from startup import signals
+
+if __name__ == "__main__":
+    signals.at_once()  # before the slow imports
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from startup import blas  # noqa: F401  before mlx
+
+import numpy as np
+
+from analysis.graphs import GROUPS, Graph, read_graphs
+from analysis.probing import Probe, all_thoughts, logits, open_checkpoint, require_thoughts
+from utils import RunError, UserError, say, write_text
+
+UNREACHABLE = -1  # as a distance from the root
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one thought of one item holds."""
+
+    index: int  # of the item in the file
+    thought: int  # from 1
+    distance: int  # edges from the root to the thought's frontier
+    products: dict[str, float]  # node -> inner product of the thought with its embedding
+    groups: dict[str, list[str]]  # group of GROUPS -> nodes
+    depths: dict[str, int]  # node -> edges from the root
+
+    @property
+    def recall(self) -> float | None:
+        """The share of the frontier among as many nodes with the largest products; None for an empty frontier."""
+        frontier = self.groups["frontier"]
+        largest = sorted(self.products, key=self.products.__getitem__, reverse=True)[: len(frontier)]
+        return len(set(largest) & set(frontier)) / len(frontier) if frontier else None
+
+    def record(self) -> dict:
+        """A line of frontier.jsonl."""
+        rounded = {node: round(value, 4) for node, value in self.products.items()}
+        return {
+            "idx": self.index, "thought": self.thought, "distance": self.distance, "products": rounded,
+            "groups": self.groups, "depths": self.depths, "recall": self.recall,
+        }  # fmt: skip
+
+
+def measure(probe: Probe, path: str, limit: int | None = None) -> list[Held]:
+    """Compare the thoughts of the first `limit` items of a file with the nodes of their graphs."""
+    data, graphs = probe.data(path), read_graphs(path)
+    count = min(len(data), limit or len(data))
+    indices = data.indices[:count].tolist()
+    states = all_thoughts(probe, [data.tokens[i] for i in range(count)], probe.n_thoughts)  # [n, K, D]
+    products = logits(probe, states)  # [n, K, vocabulary]
+    return [
+        hold(index, graphs[index], number, row, probe)
+        for index, rows in zip(indices, products, strict=True)
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def hold(index: int, graph: Graph, number: int, row: np.ndarray, probe: Probe) -> Held:
+    """One thought of one item; row [vocabulary] has its inner product with every token's embedding."""
+    distance = (number - 1) // probe.curriculum.thoughts_per_step + 1
+    products = {node: float(row[token_of(node, probe)]) for node in graph.nodes}
+    return Held(index, number, distance, products, graph.groups(distance), graph.distances(graph.root))
+
+
+def token_of(node: str, probe: Probe) -> int:
+    """The id of a node's name. Raises UserError where the vocabulary splits it: it then has no embedding of its own."""
+    ids = probe.curriculum.tokenizer.encode(node)
+    if len(ids) != 1:
+        raise UserError(
+            f"node {node!r} is {len(ids)} tokens; this analysis needs a vocabulary with a token for each node"
+        )
+    return ids[0]
+
+
+def by_group(held: list[Held]) -> dict[int, dict[str, list[float]]]:
+    """{thought: {group: the products of its nodes, all items together}}."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for h in held:
+        groups = found.setdefault(h.thought, {group: [] for group in GROUPS})
+        for group, nodes in h.groups.items():
+            groups[group] += [h.products[node] for node in nodes]
+    return found
+
+
+def by_distance(held: list[Held]) -> dict[int, dict[int, list[float]]]:
+    """{thought: {distance from the root, or UNREACHABLE: the products of the nodes there}}."""
+    found: dict[int, dict[int, list[float]]] = {}
+    for h in held:
+        distances = found.setdefault(h.thought, defaultdict(list))
+        for node, product in h.products.items():
+            distances[h.depths.get(node, UNREACHABLE)].append(product)
+    return found
+
+
+def table(held: list[Held]) -> list[str]:
+    """The mean product of each group and the recall of the frontier, a Markdown row for each thought."""
+    head = ["thought", *GROUPS, "frontier found"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for number, groups in by_group(held).items():
+        found = [h.recall for h in held if h.thought == number and h.recall is not None]
+        cells = [str(number), *map(_mean, groups.values()), _mean(found)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):.2f} ({len(values):,})" if values else "none"
+
+
+def draw(held: list[Held], graphs: list[Graph], item: int, path: Path) -> None:
+    """Write the picture: the heat map of all items, and below it each thought on the graph of one item."""
+    from analysis.pictures import draw_heat_map, draw_thought, save_figure
+
+    own = [h for h in held if h.index == item]
+    with save_figure(path, figsize=(3.1 * max(3, len(own)), 6.6)) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35])
+        draw_heat_map(above.subplots(), by_distance(held), {h.thought: h.distance for h in own})
+        below.suptitle(f"item {item}: {graphs[item].root} to {graphs[item].target}", fontsize=10)
+        panels = below.subplots(1, len(own), squeeze=False)[0]
+        largest = max(value for h in own for value in h.products.values())
+        for panel, h in zip(panels, own, strict=True):
+            draw_thought(panel, graphs[item], h, largest)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        options = parse_args(arguments)
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a checkpoint folder of a Coconut run, or the run's folder")
+    parser.add_argument("data", help="a JSON file whose items hold their graph")
+    parser.add_argument("--items", type=int, help="look at the first ITEMS items (default all)")
+    parser.add_argument("--item", type=int, default=0, help="the item whose graph is drawn (default 0)")
+    parser.add_argument("--tokenizer", help="the vocabulary, where the one that the checkpoint names has moved")
+    parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder to write to (runs/analysis)")
+    options = parser.parse_args(arguments)
+    if options.items is not None and options.items < 1:
+        raise UserError(f"--items {options.items}: expected at least 1")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print the table, and write the lines and the picture."""
+    probe = open_checkpoint(options.checkpoint, options.tokenizer)
+    require_thoughts(probe, options.checkpoint)
+    held = measure(probe, options.data, options.items)
+    if options.item not in {h.index for h in held}:
+        raise UserError(
+            f"--item {options.item}: not among the {len({h.index for h in held}):,} items that were looked at"
+        )
+    say("\n".join(table(held)))
+    settings = {"checkpoint": options.checkpoint, "data": options.data, "items": options.items, "command": "frontier"}
+    lines = [json.dumps(settings), *(json.dumps(h.record()) for h in held)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / "frontier.jsonl", "\n".join(lines) + "\n")
+    draw(held, read_graphs(options.data), options.item, options.out / "frontier.png")
+    say(f"written: {options.out / 'frontier.jsonl'}, {options.out / 'frontier.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

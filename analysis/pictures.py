@@ -1,0 +1,100 @@
+"""Pictures of thoughts: a heat map by distance, and a thought on the graph of one item."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from analysis.graphs import Graph
+from training.curves import GRAY, INSTALL
+from utils import UserError, replacing
+
+COLORS = "Blues"
+
+
+@contextmanager
+def save_figure(path: Path, figsize: tuple[float, float]):
+    """A new matplotlib Figure to draw on, written to `path` afterwards. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # slow to import; unlike pyplot it needs no display and no global state
+    except ImportError as error:
+        raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
+    figure = Figure(figsize=figsize, layout="constrained")
+    yield figure
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers: dict[int, int]) -> None:
+    """Mean product by thought (rows) and distance from the root (columns); a frame marks each thought's frontier.
+
+    products: {thought: {distance, -1 for nodes that cannot be reached: products}} as analysis.frontier.by_distance;
+    frontiers: {thought: the distance of its frontier}.
+    """
+    distances = sorted({distance for row in products.values() for distance in row})
+    means = np.array([[np.mean(row[d]) if row.get(d) else np.nan for d in distances] for row in products.values()])
+    panel.imshow(means, cmap=COLORS, vmin=0, aspect="auto")
+    for (row, column), mean in np.ndenumerate(means):
+        dark = mean > 0.6 * np.nanmax(means)
+        panel.text(column, row, f"{mean:.1f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    for row, thought in enumerate(products):
+        if frontiers[thought] in distances:
+            frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2}
+            column = distances.index(frontiers[thought])
+            panel.add_patch(_rectangle((column - 0.5, row - 0.5), frame))
+    names = ["not\nreachable" if d < 0 else "root" if d == 0 else str(d) for d in distances]
+    panel.set_xticks(range(len(distances)), names, fontsize=9)
+    panel.set_yticks(range(len(products)), [f"thought {thought}" for thought in products], fontsize=9)
+    panel.set_xlabel("edges from the root to the node", fontsize=9)
+    panel.set_title("mean inner product of each thought with the nodes' embeddings; framed: its frontier", fontsize=10)
+    panel.tick_params(length=0)
+
+
+def draw_thought(panel, graph: Graph, held, largest: float) -> None:
+    """The item's graph with a node's distance from its root to the right, shaded by one thought."""
+    places = _places(graph)
+    for parent, child in graph.edges:
+        on_path = {parent, child} <= graph.path_nodes()
+        style = {"color": "#D55E00" if on_path else "#bbbbbb", "linewidth": 2 if on_path else 1, "zorder": 1}
+        panel.plot(*zip(places[parent], places[child], strict=True), **style)
+    values = np.clip([held.products[node] for node in places], 0, None) / largest
+    panel.scatter(
+        *zip(*places.values(), strict=True), c=values, cmap=COLORS, vmin=0, vmax=1, s=230, edgecolors=GRAY, zorder=2
+    )
+    for (node, place), value in zip(places.items(), values, strict=True):
+        panel.annotate(node, place, ha="center", va="center", color="white" if value > 0.6 else "black", fontsize=9)
+    panel.set_title(f"thought {held.thought}", fontsize=10)
+    panel.margins(0.12)
+    panel.set_axis_off()
+
+
+def _places(graph: Graph) -> dict[str, tuple[float, float]]:
+    """{node: (distance from its root, height)}: the graph of the root above, what it does not reach below."""
+    reached = graph.distances(graph.root)
+    places, offset = _layers(reached, 0.0)
+    others = [node for node in graph.nodes if node not in reached]
+    starts = [node for node in others if node not in {child for _, child in graph.edges}]
+    for start in starts:
+        below, offset = _layers({n: d for n, d in graph.distances(start).items() if n not in places}, offset)
+        places |= below
+    return places
+
+
+def _layers(depths: dict[str, int], top: float) -> tuple[dict[str, tuple[float, float]], float]:
+    """Nodes in columns by depth, centered below `top`; returns them and the height below them."""
+    columns: dict[int, list[str]] = {}
+    for node, depth in depths.items():
+        columns.setdefault(depth, []).append(node)
+    height = max(map(len, columns.values()))
+    places = {
+        node: (float(depth), top - height / 2 - (row - (len(nodes) - 1) / 2))
+        for depth, nodes in columns.items()
+        for row, node in enumerate(nodes)
+    }
+    return places, top - height - 1
+
+
+def _rectangle(corner: tuple[float, float], style: dict):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, 1, 1, **style)

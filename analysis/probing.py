@@ -1,0 +1,89 @@
+"""Open a trained model and read its thoughts. Shapes: B prompts, K thoughts of each, D = width of the model."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from coconut import Coconut
+from config import FIELDS, Config
+from dataset import Curriculum, Data, collate
+from models.loading import find_source, load_gpt2
+from text.tokenizer import load_tokenizer
+from text.tokens import TokenExample
+from training import resume
+from training.checkpoint import read_metadata
+from utils import Progress, UserError
+
+BATCH = 100  # prompts at a time
+
+
+class Probe(NamedTuple):
+    """A trained model with what it was trained as."""
+
+    model: Coconut
+    curriculum: Curriculum
+
+    @property
+    def n_thoughts(self) -> int:
+        """Thoughts of a prompt after the whole curriculum, where items have enough steps."""
+        return self.curriculum.n_prompt_latents(*[self.curriculum.config.max_latent_stage] * 2)
+
+    def data(self, path: str) -> Data:
+        """A data set, checked as run.py does."""
+        return Data(path, self.curriculum, self.model.transformer.config.n_positions, debug_limit=0)
+
+
+def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
+    """Load a checkpoint folder, or the best checkpoint of a run, with the keys that it was trained with.
+
+    tokenizer: the vocabulary, where the recorded one has moved. Raises UserError for anything else than a checkpoint of
+    this code: other weights do not say how many thoughts they were trained with.
+    """
+    folder = Path(path)
+    if folder.is_dir() and resume.holds_training(folder):
+        folder = resume.best_checkpoint(folder)
+    metadata = read_metadata(folder)
+    if not metadata:
+        raise UserError(
+            f"{path}: expected a checkpoint folder of this code (with coconut.json) or a run that holds one"
+        )
+    resume.check_intact(folder)
+    recorded = {name: value for name, value in metadata["config"].items() if name in FIELDS}
+    keys = {"load_model_path": str(folder), "tokenizer": tokenizer or recorded["tokenizer"]}
+    config = Config(**{**recorded, **keys, "only_eval": True, "resume": metadata["epoch"] - 1, "debug": False})
+    source = find_source(config, folder)
+    words = load_tokenizer(config.tokenizer, source.folder)
+    resume.check_tokenizer(folder, words)
+    return Probe(Coconut(load_gpt2(source, config, words)).eval(), Curriculum(config, words))
+
+
+def require_thoughts(probe: Probe, path: str) -> None:
+    """Raise UserError where a model was trained without thoughts."""
+    if not probe.n_thoughts or probe.curriculum.method.thought != "hidden":
+        title = probe.curriculum.method.title
+        raise UserError(f"{path}: trained as {title}, which feeds back no thoughts; a Coconut checkpoint is needed")
+
+
+def all_thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:
+    """The first n_thoughts thoughts of each question, [B, K, D] float32."""
+    starts = Progress(range(0, len(examples), BATCH), desc="Thoughts", unit=" batches", leave=False)
+    return np.concatenate([thoughts(probe, examples[start : start + BATCH], n_thoughts) for start in starts])
+
+
+def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:
+    """The thoughts of one batch of questions, [B, K, D] float32.
+
+    Thought k (from 0) is the hidden state in the column before latent k: the one that is fed back.
+    """
+    prompts = [probe.curriculum.prompt(example, n_thoughts) for example in examples]
+    batch = collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
+    hidden, _ = probe.model.think(batch)  # [B, T, D]
+    first = batch.first_latent - 1
+    return np.array(hidden[:, first : first + n_thoughts].astype(mx.float32))
+
+
+def logits(probe: Probe, states: np.ndarray) -> np.ndarray:
+    """The inner product of states [..., D] with every token's embedding, [..., vocabulary]: the tied output layer."""
+    return np.array(probe.model.transformer.logits(mx.array(states)).astype(mx.float32))
