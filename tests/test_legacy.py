@@ -26,8 +26,8 @@ def test_a_stopped_run_resumes_to_the_numbers_of_the_old_code(legacy, call_main)
     found, expected = (json_lines(legacy / name) for name in ("runs/legacy/metrics.jsonl", "whole_metrics.jsonl"))
     assert len(found) == len(expected) == 33
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"eval/seconds_per_example", "train/seconds"}:
+        assert ours.keys() - theirs.keys() <= {"train/lr", "train/grad_norm"}  # recorded since then
+        for name in theirs.keys() - {"eval/seconds_per_example", "train/seconds"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     assert json_lines(legacy / "runs/legacy/predictions_3.jsonl") == json_lines(legacy / "whole_predictions_3.jsonl")
 

@@ -15,7 +15,7 @@ from models.gpt2 import GPT2, GPT2Config
 from models.loading import find_source, load_gpt2
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import load_tokenizer
-from training.step import TrainStep, clipped, new_optimizer
+from training.step import TrainStep, clipped, gradient_norm, new_optimizer
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the live oracle is skipped")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: the live oracle is skipped")
@@ -192,8 +192,10 @@ def test_clipping_equals_torch(max_norm):
     parameters = [torch.nn.Parameter(torch.zeros(a.shape)) for a in arrays]
     for parameter, array in zip(parameters, arrays, strict=True):
         parameter.grad = torch.tensor(array)
-    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    ours = clipped([mx.array(a) for a in arrays], max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    gradient = [mx.array(a) for a in arrays]
+    ours = clipped(gradient, gradient_norm(gradient), max_norm)
+    assert gradient_norm(gradient).item() == pytest.approx(norm.item(), rel=1e-6)
     for parameter, array in zip(parameters, ours, strict=True):
         np.testing.assert_allclose(np.array(array), parameter.grad.numpy(), rtol=1e-5)
 

@@ -17,7 +17,7 @@ from startup import blas  # noqa: F401  before mlx
 from training import checkpoint as ckpt
 from training import step, trainer
 
-TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "epoch", "stage"}
+TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
 EVAL_KEYS |= {"train/seconds", "acc_interval"}
 PREDICTION_KEYS = {

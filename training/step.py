@@ -28,6 +28,7 @@ class StepResult(NamedTuple):
 
     loss: float  # mean of its micro-batches' means
     n_tokens: int  # tokens it read, without padding
+    gradient_norm: float  # over all parameters, before clipping
 
 
 def new_optimizer(model: Coconut, config: Config) -> optim.AdamW:
@@ -75,12 +76,13 @@ class TrainStep:
             remedy = "training stopped, checkpoints are untouched. A lower learning rate (lr) is the usual remedy"
             self.group.agree(RunError(f"{place}: {remedy}"))  # all ranks come here, one prints it
         gradient = self.group.all_sum(gradient)
+        norm = gradient_norm(gradient)
         if self.config.max_grad_norm is not None:
-            gradient = clipped(gradient, self.config.max_grad_norm)
+            gradient = clipped(gradient, norm, self.config.max_grad_norm)
         self.optimizer.learning_rate = learning_rate
         self.optimizer.update(self.model, gradient)
-        mx.eval(self.model.parameters(), self.optimizer.state)
-        return StepResult(loss, int(n_tokens))
+        mx.eval(self.model.parameters(), self.optimizer.state, norm)
+        return StepResult(loss, int(n_tokens), norm.item())
 
     def _accumulate(self, micro_batches: list[MicroBatch]):
         """Mean loss of the micro-batches, and the sum of their gradients / gradient_accumulation_steps.
@@ -103,11 +105,16 @@ class TrainStep:
         return sum(losses) / len(losses), total
 
 
-def clipped(gradient, max_norm: float):
-    """The gradient scaled down to max_norm where its norm over all parameters is larger (torch's clip_grad_norm_)."""
+def gradient_norm(gradient) -> mx.array:
+    """The Euclidean norm over all parameters (scalar)."""
     # Summed row by row first: on a CPU MLX adds a whole array term by term, and float32 stops counting at 2**24.
     squares = [mx.square(g).sum(axis=-1).sum() for _, g in tree_flatten(gradient)]
-    scale = mx.minimum(1.0, max_norm / (mx.sqrt(sum(squares)) + 1e-6))
+    return mx.sqrt(sum(squares))
+
+
+def clipped(gradient, norm: mx.array, max_norm: float):
+    """The gradient scaled down to max_norm where its norm is larger (torch's clip_grad_norm_)."""
+    scale = mx.minimum(1.0, max_norm / (norm + 1e-6))
     return tree_map(lambda g: g * scale, gradient)
 
 

@@ -134,6 +134,7 @@ class Trainer:
         epoch, step, per_epoch = self.state.epoch, self.state.step, self.run.steps_per_epoch
         self.metrics.log({
             "train/epoch": epoch + 1, "train/step": epoch * per_epoch + step, "train/loss": result.loss,
+            "train/lr": self._learning_rate(), "train/grad_norm": result.gradient_norm,
             "epoch": epoch + 1, "stage": self.curriculum.step_stage(epoch, step, per_epoch),
         })  # fmt: skip
 
