@@ -31,7 +31,14 @@ SETTINGS = {
     "only improvements": {"reset_optimizer": False, "save_only_improve": True},
     "few checkpoints": {"reset_optimizer": False, "keep_checkpoints": 1, "warmup_steps": 20},
     "rare saves": {"reset_optimizer": False, "save_interval_minutes": 60},
-}
+    "no curriculum": {"reset_optimizer": True, "curriculum": "none"},
+    "pause as thought": {"reset_optimizer": "stage", "thought": "pause"},
+    "pause token": {"reset_optimizer": False, "thought": "pause", "curriculum": "none", "layout": "compact"},
+    "icot": {
+        "reset_optimizer": "stage", "coconut": False, "no_thoughts": True, "curriculum": "tokens",
+        "tokens_per_epoch": 5, "remove_all_from": 11, "removal_smoothing": 0.7, "num_epochs": 4,
+    },
+}  # fmt: skip
 
 
 class Trial:

@@ -23,7 +23,7 @@ def whole(tmp_path_factory):
     return trial, trial.finish()
 
 
-@pytest.mark.parametrize("name", ["optimizer kept", "mixed stages"])
+@pytest.mark.parametrize("name", ["optimizer kept", "mixed stages", "pause as thought", "icot"])
 def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
     """SIGKILL at random moments; `python tests/survival.py` does this at length for every setting."""
     uninterrupted, killed = Trial(tmp_path / "whole", SETTINGS[name]), Trial(tmp_path / "killed", SETTINGS[name])
