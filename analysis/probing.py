@@ -51,12 +51,21 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
         )
     resume.check_intact(folder)
     recorded = {name: value for name, value in metadata["config"].items() if name in FIELDS}
-    keys = {"load_model_path": str(folder), "tokenizer": tokenizer or recorded["tokenizer"]}
+    keys = {"load_model_path": str(folder), "tokenizer": tokenizer or _vocabulary(recorded["tokenizer"], folder)}
     config = Config(**{**recorded, **keys, "only_eval": True, "resume": metadata["epoch"] - 1, "debug": False})
     source = find_source(config, folder)
     words = load_tokenizer(config.tokenizer, source.folder)
     resume.check_tokenizer(folder, words)
     return Probe(Coconut(load_gpt2(source, config, words)).eval(), Curriculum(config, words))
+
+
+def _vocabulary(recorded: str | None, folder: Path) -> str | None:
+    """The recorded vocabulary, or a file of its name in the checkpoint's folder or beside it."""
+    if recorded is None:
+        return None
+    name = Path(recorded).name
+    places = [Path(recorded), folder / name, folder.parent / name]
+    return str(next((place for place in places if place.exists()), recorded))
 
 
 def require_thoughts(probe: Probe, path: str) -> None:

@@ -162,7 +162,12 @@ def test_what_is_not_a_checkpoint_is_refused(saved, tmp_path):
 
 def test_a_moved_vocabulary_can_be_named(saved, tmp_path):
     folder = saved()
+    (folder / "words.json").write_text('["###"]')
     (tmp_path / "words.json").rename(tmp_path / "moved.json")
+    assert open_checkpoint(str(folder)).n_thoughts == 3  # a file of that name in the checkpoint
+    (folder / "words.json").rename(folder.parent / "words.json")
+    assert open_checkpoint(str(folder)).n_thoughts == 3  # and beside it
+    (folder.parent / "words.json").unlink()
     with pytest.raises(UserError, match=r"words.json"):
         open_checkpoint(str(folder))
     assert open_checkpoint(str(folder), str(tmp_path / "moved.json")).n_thoughts == 3
