@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +46,34 @@ def warn(text: str) -> None:
     """Print a warning to stderr; a progress bar on the screen stays intact."""
     if not signals.silent:
         tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def exit_status(action: Callable[[], int | None]) -> int:
+    """The exit status of a command: what `action` returns, or that of its error, whose message is printed."""
+    try:
+        return action() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def command_parser(module: str, docstring: str):
+    """An argument parser for `python -m module`, whose --help shows the docstring as it is written."""
+    import argparse  # a training run does without
+
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
 
 
 class StopSignals:

@@ -26,7 +26,7 @@ import numpy as np
 
 from analysis.graphs import GROUPS, Graph, read_graphs
 from analysis.probing import Probe, all_thoughts, logits, open_checkpoint, require_thoughts
-from utils import RunError, UserError, say, write_text
+from utils import UserError, command_parser, exit_status, markdown_table, say, write_text
 
 UNREACHABLE = -1  # as a distance from the root
 
@@ -109,15 +109,18 @@ def by_distance(held: list[Held]) -> dict[int, dict[int, list[float]]]:
     return found
 
 
+def frontiers(held: list[Held]) -> dict[int, int]:
+    """{thought: edges from the root to its frontier}."""
+    return {h.thought: h.distance for h in held}
+
+
 def table(held: list[Held]) -> list[str]:
     """The mean product of each group and the recall of the frontier, a Markdown row for each thought."""
-    head = ["thought", *GROUPS, "frontier found"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for number, groups in by_group(held).items():
         found = [h.recall for h in held if h.thought == number and h.recall is not None]
-        cells = [str(number), *map(_mean, groups.values()), _mean(found)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append([str(number), *map(_mean, groups.values()), _mean(found)])
+    return markdown_table(["thought", *GROUPS, "frontier found"], rows)
 
 
 def _mean(values: list[float]) -> str:
@@ -131,7 +134,7 @@ def draw(held: list[Held], graphs: list[Graph], item: int, path: Path) -> None:
     own = [h for h in held if h.index == item]
     with save_figure(path, figsize=(3.1 * max(3, len(own)), 6.6)) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35])
-        draw_heat_map(above.subplots(), by_distance(held), {h.thought: h.distance for h in own})
+        draw_heat_map(above.subplots(), by_distance(held), frontiers(held))
         below.suptitle(f"item {item}: {graphs[item].root} to {graphs[item].target}", fontsize=10)
         panels = below.subplots(1, len(own), squeeze=False)[0]
         largest = max(value for h in own for value in h.products.values())
@@ -141,22 +144,11 @@ def draw(held: list[Held], graphs: list[Graph], item: int, path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        options = parse_args(arguments)
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: run(parse_args(arguments)))
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("analysis.frontier", __doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder of a Coconut run, or the run's folder")
     parser.add_argument("data", help="a JSON file whose items hold their graph")
     parser.add_argument("--items", type=int, help="look at the first ITEMS items (default all)")

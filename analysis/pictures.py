@@ -1,12 +1,14 @@
 """Pictures of thoughts: a heat map by distance, and a thought on the graph of one item."""
 
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
 from analysis.graphs import Graph
-from training.curves import GRAY, INSTALL
+from training.curves import COLORS as LINES
+from training.curves import GRAY, INSTALL, MARKERS
 from utils import UserError, replacing
 
 COLORS = "Blues"
@@ -23,6 +25,19 @@ def save_figure(path: Path, figsize: tuple[float, float]):
     yield figure
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+def draw_accuracies(panel, lines: dict[str, dict[int, float]], stages: dict[int, int], chance: float) -> None:
+    """Accuracy by epoch, one line for each {name: {epoch: accuracy}}; stages: {epoch: stage} to write below epochs."""
+    for (name, points), color, marker in zip(lines.items(), cycle(LINES), cycle(MARKERS), strict=False):
+        panel.plot(list(points), list(points.values()), label=name, color=color, marker=marker, clip_on=False, zorder=3)
+    panel.axhline(chance, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    panel.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    epochs = sorted({epoch for points in lines.values() for epoch in points})
+    panel.set_xticks(epochs, [f"{e}\nstage {stages[e]}" if e in stages else str(e) for e in epochs], fontsize=9)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=9)
 
 
 def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers: dict[int, int]) -> None:
@@ -46,7 +61,9 @@ def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers:
     panel.set_xticks(range(len(distances)), names, fontsize=9)
     panel.set_yticks(range(len(products)), [f"thought {thought}" for thought in products], fontsize=9)
     panel.set_xlabel("edges from the root to the node", fontsize=9)
-    panel.set_title("mean inner product of each thought with the nodes' embeddings; framed: its frontier", fontsize=10)
+    panel.set_title(
+        "mean inner product of thoughts and nodes' embeddings\n(framed: the thought's frontier)", fontsize=10
+    )
     panel.tick_params(length=0)
 
 

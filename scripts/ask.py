@@ -24,32 +24,26 @@ from dataset import collate
 from text.reader import Example
 from text.tokens import TokenExample, encode_example
 from training.evaluation import read_answer
-from utils import RunError, UserError, say
+from utils import UserError, command_parser, exit_status, say
 
 SHOWN = 5  # tokens of a thought
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    options = parse_args(arguments)
-    try:
-        probe = open_checkpoint(options.checkpoint, options.tokenizer)
-        n_thoughts = probe.n_thoughts if options.thoughts is None else options.thoughts
-        for question in [options.question] if options.question else typed_questions(probe, n_thoughts):
-            say("\n".join(answer(probe, question, n_thoughts)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: ask(parse_args(arguments)))
+
+
+def ask(options: argparse.Namespace) -> None:
+    """Print what the model makes of each question."""
+    probe = open_checkpoint(options.checkpoint, options.tokenizer)
+    n_thoughts = probe.n_thoughts if options.thoughts is None else options.thoughts
+    for question in [options.question] if options.question else typed_questions(probe, n_thoughts):
+        say("\n".join(answer(probe, question, n_thoughts)))
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("scripts.ask", __doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, or the folder of a run")
     parser.add_argument("question", nargs="?", help="default: read questions, one a line")
     parser.add_argument("--thoughts", type=int, help="how many thoughts to think (default: as many as were trained)")

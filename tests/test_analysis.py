@@ -240,7 +240,7 @@ def test_two_thoughts_for_each_step_have_the_same_frontier():
 
 def test_the_table_has_means_counts_and_recall():
     held = [hand_made({"e": 2.0, "d": 4.0, "g": 1.0, "h": 0.0}), hand_made({"e": 1.0, "g": 3.0, "h": 2.0})]
-    row = frontier.table(held)[2]
+    row = " ".join(frontier.table(held)[2].split())
     assert row == "| 1 | 1.50 (4) | 0.00 (2) | 1.75 (4) | 1.50 (2) | 2.00 (2) | 0.00 (4) | 0.50 (2) |"
 
 
@@ -289,8 +289,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(saved, tmp_path, capsys, w
 
 def test_the_groups_of_the_table_are_those_of_the_graphs():
     lines = frontier.table([hand_made({}, number=5)])
-    assert lines[2] == "| 5 | 0.00 (2) | 0.00 (5) | none | none | none | none | none |"
-    assert lines[0].split(" | ")[1:7] == list(GROUPS)
+    assert " ".join(lines[2].split()) == "| 5 | 0.00 (2) | 0.00 (5) | none | none | none | none | none |"
+    assert [cell.strip() for cell in lines[0].split("|")][2:8] == list(GROUPS)
 
 
 def test_ask_answers_as_an_evaluation_does(saved, capsys, monkeypatch):

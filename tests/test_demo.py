@@ -1,10 +1,8 @@
 """The demo: its data, table, pictures and messages."""
 
 import json
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,53 +15,27 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def chains(tmp_path_factory):
-    """Two folders with the same small set of chains."""
-    folder = tmp_path_factory.mktemp("chains")
-    command = [sys.executable, ROOT / "preprocessing" / "chains.py", "--train", "300", "--valid", "50", "--out", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    again = tmp_path_factory.mktemp("again")
-    subprocess.run([*command[:-1], again], capture_output=True, check=True)
-    return folder, again
+@pytest.mark.parametrize("name", demo.TITLES)
+def test_the_configurations_differ_in_method_and_start_alone(name):
+    ours, base = (load_config(str(ROOT / "args" / f"graph_{n}.yaml")).to_dict() for n in (name, "coconut"))
+    different = {key for key in ours if ours[key] != base[key]}
+    method = {"name", "coconut", "cot", "no_cot", "no_thoughts", "thought"}
+    start = {"load_model_path", "resume"} if demo.STARTS[name] == "chains" else set()
+    schedule = {"epochs_per_stage", "max_latent_stage"} if name in ("cot", "no_cot") else set()
+    assert different <= method | start | schedule
 
 
-def computed_steps(question):
-    """The intermediate values from left to right modulo 10, computed differently than in the generator."""
-    first, *rest = re.findall(r"[+*-] \d|\d", question)
-    values = [int(first)]
-    for operation in rest:
-        values.append(eval(f"{values[-1]} {operation}") % 10)
-    return [str(value) for value in values[1:]]
-
-
-def test_steps_and_answers_are_right_and_no_question_appears_twice(chains):
-    folder, _ = chains
-    items = [item for split in ("train", "valid") for item in json.loads((folder / f"chains_{split}.json").read_text())]
-    assert len(items) == 350
-    assert len({item["question"] for item in items}) == 350
-    for item in items:
-        assert item["steps"] == computed_steps(item["question"])
-        assert item["answer"] == item["steps"][-1]
-
-
-def test_the_same_seed_gives_the_same_files(chains):
-    for name in ("chains_train.json", "chains_valid.json", "chains_vocabulary.json"):
-        assert (chains[0] / name).read_bytes() == (chains[1] / name).read_bytes()
-
-
-def test_impossible_options_are_one_message():
-    command = [sys.executable, ROOT / "preprocessing" / "chains.py", "--operations", "1", "--train", "9999999"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("method", demo.TITLES)
-def test_the_configurations_differ_in_the_method_alone(method):
-    ours, base = (load_config(str(ROOT / "args" / f"demo_{name}.yaml")).to_dict() for name in (method, "coconut"))
-    assert {key for key in ours if ours[key] != base[key]} <= {"name", *demo.TITLES}
+@pytest.mark.parametrize(("methods", "runs"), [
+    (["coconut"], ["chains", "cot", "coconut"]),
+    (["no_cot"], ["chains", "no_cot"]),
+    (list(demo.TITLES), ["chains", "cot", "no_cot", "no_thoughts", "pause", "coconut"]),
+])  # fmt: skip
+def test_every_run_comes_after_the_one_it_starts_from(methods, runs):
+    assert demo.needed_runs(methods) == runs
+    for name in set(runs) - {"chains"}:
+        assert runs.index(demo.STARTS[name]) < runs.index(name)
+        config = load_config(str(ROOT / "args" / f"graph_{name}.yaml"))
+        assert config.load_model_path == f"runs/graph-{demo.STARTS[name]}/checkpoint_1"
 
 
 def finished_run(folder, accuracies, first_epoch=1):
@@ -87,7 +59,7 @@ def finished_run(folder, accuracies, first_epoch=1):
 
 
 def test_the_table_holds_the_last_evaluation_and_the_whole_training_time(tmp_path):
-    lines = demo.table([demo.read_result("coconut", finished_run(tmp_path / "a", [0.2, 0.5, 0.75], 4))])
+    lines = demo.results_table([demo.read_result("coconut", finished_run(tmp_path / "a", [0.2, 0.5, 0.75], 4))])
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "Coconut", "0.750 (0.100 to 0.900)", "7.0", "0.0100", "3", "15 s",
     ]  # fmt: skip
@@ -95,14 +67,14 @@ def test_the_table_holds_the_last_evaluation_and_the_whole_training_time(tmp_pat
 
 
 def test_a_finished_run_is_not_repeated_and_one_with_other_settings_is_rejected(tmp_path):
-    keys = [f"save_path={tmp_path}", "name=a", "num_epochs=3", "resume=0"]
-    config = load_config(str(ROOT / "args" / "demo_coconut.yaml"), keys)
+    keys = [f"save_path={tmp_path}", "name=a", "num_epochs=3"]
+    config = load_config(str(ROOT / "args" / "graph_coconut.yaml"), keys)
     assert not demo.is_finished(config)
     finished_run(tmp_path / "a", [0.2, 0.5, 0.75])
     (tmp_path / "a" / "config.yaml").write_text(config.to_yaml())
     assert demo.is_finished(config)
     with pytest.raises(UserError, match="other settings"):
-        demo.is_finished(load_config(str(ROOT / "args" / "demo_coconut.yaml"), [*keys, "seed=9"]))
+        demo.is_finished(load_config(str(ROOT / "args" / "graph_coconut.yaml"), [*keys, "seed=9"]))
 
 
 def test_the_picture_shows_every_runs_values_with_labeled_axes_and_stages(tmp_path):
@@ -135,22 +107,34 @@ def test_plot_writes_a_picture_or_one_message(tmp_path, capsys):
 
 def test_the_demo_prints_a_summary_first_and_next_steps_last(tmp_path, capsys, monkeypatch):
     """Without training: all runs exist but one, which is stopped."""
-    monkeypatch.setattr(demo.chains, "main", lambda words: None)
+    monkeypatch.setattr(demo.graphs, "main", lambda words: None)
     monkeypatch.setattr(demo.run, "main", lambda words: 130)
     monkeypatch.setattr(demo, "is_finished", lambda config: config.method.name != "coconut")
-    assert demo.main(["--out", str(tmp_path), "--methods", "cot", "coconut", "coconut"]) == 130
+    assert demo.main(["--out", str(tmp_path), "--methods", "coconut", "cot", "coconut"]) == 130
     printed = capsys.readouterr()
-    for words in ("chance: 0.1", "CoT, Coconut, one", "3 to 7 minutes", "1 trained already", f"{tmp_path}/seed_0"):
+    for words in ("chance: 0.5", "CoT, Coconut, one", demo.DURATION, "2 trained already", f"{tmp_path}/seed_0"):
         assert words in printed.out, words
     assert "resumes from here" in printed.err
     monkeypatch.setattr(demo, "is_finished", lambda config: True)
     (tmp_path / "seed_0").mkdir()
-    finished_run(tmp_path / "seed_0" / "cot", [0.2, 0.5])
+    finished_run(tmp_path / "seed_0" / "graph-cot", [0.2, 0.5])
     assert demo.main(["--out", str(tmp_path), "--methods", "cot"]) == 0
-    *_, picture, _, _, command = capsys.readouterr().out.splitlines()
+    *_, picture, _, _, look, command = capsys.readouterr().out.splitlines()
     assert picture == f"picture: {tmp_path}/seed_0/demo.png"
+    assert "-m analysis.frontier" in look
     program, config, *keys = command.split()[1:]
     assert (ROOT / program).is_file() and load_config(str(ROOT / config), keys).c_thought == 2
+
+
+def test_the_picture_has_every_methods_accuracies_from_the_shared_start_on(tmp_path, monkeypatch):
+    """CoT's first epoch is stage 0 of the methods that start from it."""
+    runs = {"no_cot": ([0.5, 0.4], 1), "cot": ([0.8, 0.9], 1), "coconut": ([0.7, 0.95], 2)}
+    results = {n: demo.read_result(n, finished_run(tmp_path / n, values, first)) for n, (values, first) in runs.items()}
+    drawn = {}
+    monkeypatch.setattr(demo, "draw_accuracies", lambda panel, lines, stages, chance: drawn.update(lines))
+    demo.draw(results, [], tmp_path / "demo.png")
+    assert drawn == {"No-CoT": {1: 0.5, 2: 0.4}, "CoT": {1: 0.8, 2: 0.9}, "Coconut": {1: 0.8, 2: 0.7, 3: 0.95}}
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["--out", __file__], ["--out", f"{__file__}/below"]])
@@ -175,18 +159,18 @@ def test_make_rejects_a_python_that_is_too_old(tmp_path):
 
 
 def test_the_summary_over_seeds(tmp_path):
-    """The last accuracy, the total training time, and the verdict at its limits."""
-    runs = {"a": [0.9, 1.0], "b": [0.1, 0.5], "c": [0.97, 0.96], "d": [0.0, 0.46], "e": [0.95], "f": [0.3]}
+    """The last accuracy, the total training time, and the differences seed by seed."""
+    runs = {"a": [0.9, 1.0], "b": [0.1, 0.5], "c": [0.97, 0.96], "d": [0.0, 0.46], "e": [0.85], "f": [0.3]}
     for name, accuracies in runs.items():
         finished_run(tmp_path / name, accuracies)
     a, b, c, d, e, f = (demo.read_result("coconut", tmp_path / name) for name in "abcdef")
     assert (a.accuracy, a.seconds) == (1.0, 10.0)
     results = {"no_cot": [b, d, f], "coconut": [a, c, e]}
-    rows = ["| 0 | 0.500 | 1.000 |", "| 1 | 0.460 | 0.960 |", "| 2 | 0.300 | 0.950 |"]
-    assert demo_seeds.by_seed(results)[2:] == rows
-    assert demo_seeds.summary(results)[2:] == [
-        "| no_cot | 3 | 0.420 | 0.106 | 0.300 | 0.500 | 8 |",
-        "| coconut | 3 | 0.970 | 0.026 | 0.950 | 1.000 | 8 |",
-    ]
-    assert demo_seeds.verdict(results).endswith("on 2 of 3 seeds")
-    assert demo_seeds.verdict({"cot": [a]}).startswith("no verdict")
+    rows = [line.replace(" ", "") for line in demo_seeds.by_seed(results)]
+    assert rows[0] == "|seed|No-CoT|Coconut|" and rows[2:] == ["|0|0.500|1.000|", "|1|0.460|0.960|", "|2|0.300|0.850|"]
+    rows = [line.replace(" ", "") for line in demo_seeds.summary(results)]
+    assert rows[2:] == ["|No-CoT|3|0.420|0.106|0.300|0.500|8|", "|Coconut|3|0.937|0.078|0.850|1.000|8|"]
+    assert demo_seeds.verdict(results) == [
+        "Coconut is above 0.9 on 2 of 3 seeds", "above No-CoT: 0.517 on average, at least 0.500",
+    ]  # fmt: skip
+    assert demo_seeds.verdict({"cot": [a]})[0].startswith("no verdict")
