@@ -8,7 +8,8 @@ import pytest
 from config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("demo_"))
+PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("graph_"))
+GRAPHS = sorted((ROOT / "args").glob("graph_*.yaml"))
 NAMES = (
     "gsm_icot prontoqa_icot prosqa_icot "
     "gsm_pause_token prontoqa_pause_token prosqa_pause_token "
@@ -76,3 +77,19 @@ def test_its_first_lines_give_the_command_and_the_papers_result(path):
     assert re.search(r"# Paper \(GPT-2, test set\): \d+\.\d( ± \d+\.\d)? %", head)
     for command in re.findall(r"(?:bash|python) (\S+)", head):
         assert (ROOT / command).is_file()
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_a_graph_run_names_its_command_and_what_comes_first(path):
+    """The run that a configuration starts from is the last one that its first lines name."""
+    config, head = load_config(str(path)), path.read_text().split("\n\n")[0]
+    assert f"python run.py args/{path.name}" in head and "python preprocessing/graphs.py" in head
+    assert config.name == path.stem.replace("_", "-")
+    earlier = [name for name in re.findall(r"args/(graph_\w+)\.yaml", head) if name != path.stem]
+    if not config.load_model_path:
+        assert earlier == []
+        return
+    start = load_config(str(ROOT / "args" / f"{earlier[-1]}.yaml"))
+    assert config.load_model_path == f"{start.run_dir}/checkpoint_1"
+    shared = ("layout", "tokenizer", "batch_size_training", "lr", "warmup_steps", "max_grad_norm", "reset_optimizer")
+    assert all(getattr(config, key) == getattr(start, key) for key in shared)

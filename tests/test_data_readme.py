@@ -55,7 +55,8 @@ def test_it_names_the_pinned_commits():
 
 
 @pytest.mark.parametrize(("command", "names"), [
-    ("chains.py", ["chains_train.json", "chains_valid.json", "chains_vocabulary.json"]),
+    ("graphs.py", [f"graph_{part}.json" for part in (
+        "train", "valid", "test", "chains_train", "chains_valid", "vocabulary")]),
     ("prosqa.py --train 0", ["prosqa_generated_valid.json", "prosqa_generated_test.json"]),
 ])  # fmt: skip
 def test_its_sums_of_generated_files_are_what_the_commands_write(tmp_path, command, names):

@@ -61,11 +61,13 @@ def python(*arguments, cwd, **environment):
 
 STARTS = [
     ("run.py trial.yaml", ["shlex", "tqdm", "numpy", "mlx.core", "tiktoken"]),
-    ("-m scripts.demo --quick", ["argparse", "mlx.core", "chains"]),
+    ("-m scripts.demo --quick", ["argparse", "mlx.core", "graphs"]),
     ("-m scripts.plot runs/trial", ["argparse", "yaml", "matplotlib.figure", "matplotlib.ft2font", "PIL"]),
+    ("-m scripts.ask runs/trial/checkpoint_1 question", ["argparse", "mlx.core"]),
+    ("-m analysis.frontier runs/trial/checkpoint_1 valid.json", ["argparse", "mlx.core"]),
     ("-m scripts.export runs/trial/checkpoint_1 out.safetensors", ["argparse", "mlx.core"]),
     ("-m scripts.describe_data train.json --tokenizer words.json", ["numpy", "tqdm"]),
-    ("preprocessing/chains.py --out made", ["argparse", "random"]),
+    ("preprocessing/graphs.py --out made", ["argparse", "random"]),
     ("preprocessing/prosqa.py --out made", ["argparse"]),
     ("preprocessing/gsm_icot.py a b", ["argparse"]),
     ("preprocessing/prontoqa.py", ["argparse"]),

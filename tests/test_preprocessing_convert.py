@@ -232,7 +232,7 @@ def test_nothing_to_write_is_an_empty_list(here, monkeypatch):
 
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
-@pytest.mark.parametrize("script", ["gsm_icot.py", "prontoqa.py", "datafiles.py", "prosqa.py", "chains.py"])
+@pytest.mark.parametrize("script", ["gsm_icot.py", "prontoqa.py", "datafiles.py", "prosqa.py", "graphs.py"])
 def test_help_from_another_folder(here, script, safe_path, monkeypatch):
     """With PYTHONSAFEPATH=1 Python does not put the script's folder on sys.path."""
     monkeypatch.setenv("PYTHONSAFEPATH", safe_path)
