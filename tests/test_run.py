@@ -51,10 +51,10 @@ def evaluate(finished, call_main, tmp_path):
     """Evaluate the finished run's checkpoint_{n} with only_eval: evaluate(n, **keys) -> (outcome, folder)."""
     tiny, _ = finished
 
-    def call(number, **keys):
+    def call(number, status=0, **keys):
         keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / f"checkpoint_{number}", **keys}
         outcome = call_main(tiny.config("eval.yaml", save_path=tmp_path, name="evaluated", **keys))
-        assert outcome.status == 0, outcome.err
+        assert outcome.status == status, outcome.err
         return outcome, tmp_path / "evaluated"
 
     return call
@@ -305,6 +305,65 @@ def test_the_batch_size_of_evaluation_does_not_matter(evaluate):
     one = (folder / "predictions_2.jsonl").read_bytes()
     evaluate(3, resume=2, batch_size_eval=3)
     assert (folder / "predictions_2.jsonl").read_bytes() == one
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"thought": "pause"}, "trained with thought `hidden`, this run has thought `pause`"),
+    ({"layout": "compact"}, "trained with layout `lines`, this run has layout `compact`"),
+])  # fmt: skip
+def test_an_evaluation_in_another_form_than_trained_is_refused(evaluate, keys, words):
+    """The tensors fit and the answers look plausible; only the metadata can tell."""
+    outcome, folder = evaluate(3, status=2, resume=2, **keys)
+    assert words in outcome.err and "Set `" in outcome.err
+    assert not folder.exists() or "predictions_2.jsonl" not in names(folder)
+
+
+def test_a_pause_run_counts_its_pauses_apart_and_is_not_evaluated_as_thoughts(tiny, call_main):
+    outcome = call_main(tiny.config(thought="pause", num_epochs=3))
+    assert outcome.status == 0, outcome.err
+    assert re.findall(r"CoT match \S+ (\w+ \d+)", outcome.out) == ["pauses 0", "pauses 1", "pauses 2"]
+    predictions = jsonl(tiny.runs / "tiny" / "predictions_3.jsonl")
+    assert all(p["n_tokens"] == len(p["output_ids"]) for p in predictions)  # as in the paper's table
+    keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / "checkpoint_3", "resume": 2}
+    outcome = call_main(tiny.config("hidden.yaml", name="again", **keys))
+    assert outcome.status == 2 and "trained with thought `pause`, this run has thought `hidden`" in outcome.err
+    outcome = call_main(tiny.config("hidden.yaml", name="onwards", load_model_path=keys["load_model_path"]))
+    assert outcome.status == 0 and "warning: " in outcome.err and "trained with thought `pause`" in outcome.err
+
+
+ICOT = {
+    "coconut": False, "no_thoughts": True, "curriculum": "tokens", "tokens_per_epoch": 12, "remove_all_from": None,
+    "reset_optimizer": "stage", "c_thought": ..., "max_latent_stage": ...,
+}  # fmt: skip
+
+
+def test_an_icot_run_logs_what_is_due_and_is_planned_in_few_lines(tiny, call_main):
+    """27 tokens in the longest chain, 2 steps an epoch: 0, 6, 12, 18, 24 and then everything."""
+    config = tiny.config(**ICOT, num_epochs=4)
+    planned = call_main(config, "--dry-run")
+    assert planned.status == 0, planned.err
+    assert [line for line in planned.out.splitlines() if line.startswith("  epoch")] == [
+        "  epochs 1 to 3: 0 to 27 tokens of each chain removed, 6 steps",
+        "  epoch 4: the whole chain removed, 2 steps",
+    ]
+    outcome = call_main(config)
+    assert outcome.status == 0, outcome.err
+    records = tiny.records()
+    assert [r["stage"] for r in records if "train/loss" in r] == [0, 6, 12, 18, 24, 27, 27, 27]
+    assert [r["stage"] for r in records if "eval/loss" in r] == [11, 23, 27, 27]
+    assert (tiny.runs / "tiny" / "curves.png").is_file()
+    metadata = json.loads((tiny.runs / "tiny" / "checkpoint_4" / "coconut.json").read_text())
+    assert (metadata["method"], metadata["thought"], metadata["curriculum"]) == ("no_thoughts", "hidden", "tokens")
+
+
+def test_the_best_checkpoint_of_an_icot_run_is_one_without_a_written_chain(tiny, call_main):
+    assert call_main(tiny.config(**ICOT, num_epochs=4)).status == 0
+    metrics = tiny.runs / "tiny" / "metrics.jsonl"
+    records = [r | {"eval/acc": 1.0} if r.get("stage") == 11 and "eval/acc" in r else r for r in tiny.records()]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    keys = {"only_eval": True, "name": "best", "load_model_path": tiny.runs / "tiny"}
+    outcome = call_main(tiny.config("best.yaml", **{**ICOT, **keys}))
+    assert outcome.status == 0 and re.search("taking checkpoint_[34], the best", outcome.out), outcome.out + outcome.err
 
 
 # Planning and stopping

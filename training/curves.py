@@ -199,7 +199,8 @@ def _bin_means(records: list[dict]) -> list[tuple[float, float]]:
 def _max_latent_stage(config: Path) -> float:
     """Read the key from the run's config.yaml; infinite if there is none, as for an evaluation or a foreign log."""
     try:
-        return yaml.safe_load(config.read_bytes())["max_latent_stage"]
+        keys = yaml.safe_load(config.read_bytes())
+        return math.inf if keys.get("curriculum") == "tokens" else keys["max_latent_stage"]
     except (OSError, yaml.YAMLError, TypeError, KeyError):
         return math.inf
 

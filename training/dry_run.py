@@ -33,19 +33,35 @@ def show_plan(config, blas: str, group) -> None:
 
 
 def stage_lines(run: Run) -> list[str]:
-    """One line for each stage of the curriculum: its epochs, latents and optimizer steps."""
+    """One line for each stage of the curriculum: its epochs, what the model sees, and optimizer steps."""
     curriculum, lines = run.curriculum, []
-    step_counts = sorted(set(run.train.tokens.n_steps.tolist()))
-    for stage, group in groupby(range(run.first_epoch, run.config.num_epochs), key=curriculum.stage):
-        epochs = [epoch + 1 for epoch in group]
-        span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
-        trained = _range({curriculum.training_counts(stage, n)[1] for n in step_counts})
-        prompted = _range({curriculum.n_prompt_latents(stage, n) for n in step_counts})
-        lines.append(
-            f"  {span}: stage {stage}, {trained} {curriculum.method.latents} in training and {prompted} in evaluation, "
-            f"{run.steps_per_epoch * len(epochs):,} steps"
-        )
+    by_token = curriculum.method.drops_steps == "by token"
+    describe = _removal if by_token else _latents
+    key = (
+        (lambda epoch: curriculum.step_stage(epoch, 0, 1) == curriculum.last_removal) if by_token else curriculum.stage
+    )
+    for _, group in groupby(range(run.first_epoch, run.config.num_epochs), key=key):
+        epochs = list(group)
+        span = f"epoch {epochs[0] + 1}" if len(epochs) == 1 else f"epochs {epochs[0] + 1} to {epochs[-1] + 1}"
+        lines.append(f"  {span}: {describe(run, epochs)}, {run.steps_per_epoch * len(epochs):,} steps")
     return lines
+
+
+def _latents(run: Run, epochs: list[int]) -> str:
+    """The latents of a stage."""
+    curriculum, stage = run.curriculum, run.curriculum.stage(epochs[0])
+    step_counts = set(run.train.tokens.n_steps.tolist())
+    trained = _range({curriculum.training_counts(stage, n)[1] for n in step_counts})
+    prompted = _range({curriculum.n_prompt_latents(stage, n) for n in step_counts})
+    return f"stage {stage}, {trained} {curriculum.method.latents} in training and {prompted} in evaluation"
+
+
+def _removal(run: Run, epochs: list[int]) -> str:
+    """How much of the written chain is gone in some epochs of an iCoT run."""
+    first, last = run.curriculum.step_stage(epochs[0], 0, 1), run.curriculum.stage(epochs[-1])
+    if first == run.curriculum.last_removal:
+        return "the whole chain removed"
+    return f"{_range({first, last})} tokens of each chain removed"
 
 
 def measured_step(run: Run) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config
+from config import FIELDS, Config
 from text.tokenizer import Tokenizer
 from training.checkpoint import METADATA, TrainState, find_damage, read_metadata, remove_folder
 from utils import UserError, human_size, read_records, warn
@@ -120,6 +120,24 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_form(folder: Path, config: Config) -> None:
+    """Say where a checkpoint saw its sequences in another form; raise UserError where it would be evaluated so.
+
+    The tensors are the same, so nothing else would show that thoughts are read where pauses were learned.
+    """
+    trained = read_metadata(folder).get("config")
+    if not trained:
+        return
+    names = ["layout", "thought"] if trained["coconut"] and config.coconut else ["layout"]
+    for name in names:
+        before, now = trained.get(name, FIELDS[name].default), getattr(config, name)
+        if before != now:
+            fact = f"{folder}: trained with {name} `{before}`, this run has {name} `{now}`"
+            if config.only_eval:
+                raise UserError(f"{fact}; its answers would be those of another method. Set `{name}: {before}`")
+            warn(f"{fact}; it starts from what was learned for another form")
+
+
 def best_checkpoint(run_dir: Path) -> Path:
     """The checkpoint of a run directory with the best validation accuracy, among those of its last stage.
 
@@ -227,6 +245,8 @@ def _note_damage(text: str, damaged: list[str]) -> None:
 
 
 def _last_stage(metadata: dict) -> int:
+    if metadata.get("curriculum") == "tokens":
+        return metadata["stage"]  # tokens due, at most those of the longest chain
     return min(metadata["stage"], metadata["config"]["max_latent_stage"] + 1)
 
 

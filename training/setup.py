@@ -103,6 +103,7 @@ def load(config: Config, group: Group = ALONE) -> Run:
     if source.weights and source.weights.is_dir():
         if not saved:
             resume.check_intact(source.weights)
+            resume.check_form(source.weights, config)
         resume.check_tokenizer(source.weights, tokenizer)
     curriculum, n_positions = Curriculum(config, tokenizer), source.gpt2.n_positions
     valid = Data(config.val_path, curriculum, n_positions, debug_limit=32)
