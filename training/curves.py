@@ -201,7 +201,7 @@ def _max_latent_stage(config: Path) -> float:
     try:
         keys = yaml.safe_load(config.read_bytes())
         return math.inf if keys.get("curriculum") == "tokens" else keys["max_latent_stage"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
         return math.inf
 
 
