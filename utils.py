@@ -210,6 +210,13 @@ def crc32(path: Path) -> int:
     return value
 
 
+def human_time(seconds: float) -> str:
+    """A duration in a unit that fits."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def human_size(n_bytes: float) -> str:
     """Format a number of bytes for people, e.g. `1.5 GB` (powers of ten)."""
     for unit in ("bytes", "kB", "MB"):

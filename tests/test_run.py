@@ -95,6 +95,18 @@ def test_metrics_hold_every_step_and_every_epoch(finished):
     assert all(r["eval/n_tokens"] > 0 and r["eval/seconds_per_example"] > 0 for r in evaluation)
 
 
+def test_an_evaluation_shows_samples_and_what_is_left(finished):
+    tiny, outcome = finished
+    predictions = jsonl(tiny.runs / "tiny" / "predictions_3.jsonl")
+    lines = outcome.out.splitlines()
+    last = max(number for number, line in enumerate(lines) if line.startswith("epoch 3, stage 2:"))
+    for line, prediction in zip(lines[last + 1 : last + 5], predictions, strict=True):
+        verdict = "right" if prediction["correct"] else f"expected {prediction['expected_answer']!r}"
+        assert line.startswith(f"  {prediction['question']}: ") and line.endswith(f"({verdict})")
+    assert [bool(re.search(r"2 epochs left, about \d+ seconds", line)) for line in lines].count(True) == 1
+    assert [bool(re.search(r"1 epoch left, about \d+ seconds", line)) for line in lines].count(True) == 1
+
+
 def test_predictions_hold_every_item_in_order(finished):
     tiny, _ = finished
     items = json.loads(tiny.valid.read_text())

@@ -8,7 +8,7 @@ import mlx.core as mx
 from dataset import training_batches
 from training.setup import Run, load, output_directory, print_summary
 from training.step import TrainStep, group_batches, new_optimizer
-from utils import UserError, human_size, say
+from utils import UserError, human_size, human_time, say
 
 
 def show_plan(config, blas: str, group) -> None:
@@ -78,16 +78,10 @@ def measured_step(run: Run) -> str:
     total = seconds * run.steps_per_epoch * (config.num_epochs - epoch)
     stage, memory = run.curriculum.stage(epoch), human_size(mx.get_peak_memory())
     return (
-        f"time:  {seconds:.2f} s a step at stage {stage}, so about {_duration(total)} of training, without evaluation\n"
+        f"time:  {seconds:.2f} s a step at stage {stage}, about {human_time(total)} of training, without evaluation\n"
         f"memory: {memory} at its peak"
     )
 
 
 def _range(counts: set[int]) -> str:
     return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -16,6 +16,8 @@ from parallel.streams import map_streams, n_streams
 from text.reader import Example
 from utils import Progress
 
+SHOWN = 60  # characters of a text among the samples
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,6 +59,15 @@ class Evaluation:
             f"{high:.3f}), CoT match {self.cot_match:.3f}, {self.latents} {count}, {self.mean_tokens:.1f} tokens and "
             f"{self.seconds_per_example:.3f} s per example"
         )
+
+    def samples(self, count: int = 5) -> list[str]:
+        """The first answers, one a line (the official code prints five)."""
+        lines = []
+        for p in self.predictions[:count]:
+            verdict = "right" if p["correct"] else f"expected {_short(p['expected_answer'])!r}"
+            chain = f"wrote {_short(p['cot'])!r}, " if p["cot"] else ""
+            lines.append(f"  {_short(p['question'])}: {chain}answered {_short(p['answer'])!r} ({verdict})")
+        return lines
 
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval of the accuracy (Wilson)."""
@@ -155,6 +166,12 @@ def score(index: int, example: Example, ids: list[int], n_latents: int, curricul
         "output_ids": ids,
         "n_tokens": len(ids) + n_latents,
     }
+
+
+def _short(text: str) -> str:
+    """A text in one line of at most SHOWN characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def is_correct(text: str, example: Example) -> bool:

@@ -15,7 +15,7 @@ from training.evaluation import Evaluation, Evaluator
 from training.metrics import MetricLog, NoMetrics, start_wandb
 from training.setup import Run, warn_of_other_stage
 from training.step import StepResult, TrainStep, group_batches, new_optimizer
-from utils import Progress, Stopped, StopSignals, human_size, say, warn, write_json_lines, write_text
+from utils import Progress, Stopped, StopSignals, human_size, human_time, say, warn, write_json_lines, write_text
 
 REDRAW_SECONDS = 30  # between two drawings of curves.png; the last one is always drawn
 
@@ -45,12 +45,14 @@ class Trainer:
     def train(self) -> None:
         """Train from the state's place to the last epoch. Raises Stopped, after saving, where a signal asks for it."""
         while self.state.epoch < self.config.num_epochs:
+            started = time.monotonic()
             self.train_epoch()
             self._check_parameters()
             self._save_checkpoint()
             self._stop_if_asked()
             result = evaluate(self.run, self.metrics, self.config.run_dir, self.state, self.stop)
             self._finish_epoch(result.accuracy)
+            self._say_outlook(time.monotonic() - started)
             self._draw_now_and_then()
             self._stop_if_asked()
         if self.group.is_main:
@@ -191,6 +193,13 @@ class Trainer:
             checkpoint.update_state(self.state_folder, state)
             resume.prune(self.config, state.best_epoch)
 
+    def _say_outlook(self, seconds: float) -> None:
+        """The best epoch so far, and the time left if the others take as long as the last one did."""
+        left, state = self.config.num_epochs - self.state.epoch, self.state
+        best = f"best so far: epoch {state.best_epoch} with {state.best_accuracy:.3f}; " if state.best_epoch else ""
+        if left:
+            say(f"{best}{left} epoch{'s' * (left > 1)} left, about {human_time(left * seconds)} at this one's speed")
+
     def _draw_now_and_then(self) -> None:
         if self.group.is_main and time.monotonic() - self.last_drawing > REDRAW_SECONDS:
             keep_curves(self.config.run_dir)
@@ -228,6 +237,7 @@ def evaluate(
     with computing_in(run.model, compute_dtype(run.config.bf16)):
         loss, result = evaluator.loss(epoch), evaluator.answers(stage)
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
+    say("\n".join(result.samples()))
     if run.group.is_main:
         write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
     metrics.log({
