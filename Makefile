@@ -1,7 +1,8 @@
-# make demo   from a bare machine to a trained, compared and drawn model (3 to 7 minutes; says so first)
+# make show   from a bare machine to the shipped model: its accuracy, and a picture of what its thoughts hold
+# make demo   from a bare machine to five methods trained, compared and drawn (about 8 minutes; says so first)
 # make test   from a bare machine to the whole test suite
 #
-# Both make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time
+# They make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time
 # that takes no time. Linux with an NVIDIA card: make demo CUDA=1. ORACLE=1 adds PyTorch and transformers, which some
 # tests compare with.
 
@@ -13,10 +14,14 @@ DEVELOPMENT := $(VENV)/.development
 COMPARISON := $(VENV)/.comparison
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo demo-quick test lint clean
+.PHONY: help show demo demo-quick test lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+
+show: $(RUNTIME)
+	$(BIN)/python run.py args/graph_coconut_eval.yaml
+	$(BIN)/python -m analysis.frontier pretrained/graph-coconut pretrained/graph_test.json
 
 demo: $(RUNTIME)
 	$(BIN)/python -m scripts.demo

@@ -1,6 +1,6 @@
 """Which nodes of its graph each thought holds: `python -m analysis.frontier CHECKPOINT DATA`
 
-    python -m analysis.frontier models_shipped/graph-coconut models_shipped/graph_test.json
+    python -m analysis.frontier pretrained/graph-coconut pretrained/graph_test.json
 
 A thought is compared with the embedding of every node of the item's graph (inner product; for GPT-2 that is the node's
 logit). If thoughts search breadth-first, thought k is close to all nodes k edges away from the root, its frontier, and

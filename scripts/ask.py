@@ -1,6 +1,6 @@
 """Ask a trained model a question and see what its thoughts decode to: `python -m scripts.ask CHECKPOINT ["QUESTION"]`
 
-    python -m scripts.ask models_shipped/graph-coconut "ec;id;lm;ka;kg;bh;nf;nk;il;gb;cj;ei;?bm:e"
+    python -m scripts.ask pretrained/graph-coconut "ec;id;lm;ka;kg;bh;nf;nk;il;gb;cj;ei;?bm:e"
     python -m scripts.ask runs/gsm-coconut "A pen costs 2 dollars. What do 3 pens cost?" --thoughts 2
 
 Without a question it reads one from each line that is typed or piped in. A thought is decoded by the model's output

@@ -148,7 +148,12 @@ def best_checkpoint(run_dir: Path) -> Path:
     if not found:
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it first, or name a checkpoint")
     accuracy = _accuracies(run_dir)
-    return max(found, key=lambda s: (_last_stage(s.metadata), accuracy.get(s.epochs_done, -1.0), s.epochs_done)).path
+
+    def rank(s: Saved) -> tuple[int, float, int]:
+        stage = merged_stage(s.metadata["stage"], s.metadata["config"])
+        return stage, accuracy.get(s.epochs_done, -1.0), s.epochs_done
+
+    return max(found, key=rank).path
 
 
 def check_disk(config: Config, model_bytes: int, epochs_done: int) -> str:
@@ -244,10 +249,11 @@ def _note_damage(text: str, damaged: list[str]) -> None:
     warn(f"{text}; going back to the one before it")
 
 
-def _last_stage(metadata: dict) -> int:
-    if metadata.get("curriculum") == "tokens":
-        return metadata["stage"]  # tokens due, at most those of the longest chain
-    return min(metadata["stage"], metadata["config"]["max_latent_stage"] + 1)
+def merged_stage(stage: int, keys: dict) -> int:
+    """A recorded stage, those past max_latent_stage as one; keys: the run's configuration."""
+    if keys.get("curriculum") == "tokens":
+        return stage  # tokens due, at most those of the longest chain
+    return min(stage, keys["max_latent_stage"] + 1)
 
 
 def _accuracies(run_dir: Path) -> dict[int, float]:
