@@ -80,8 +80,8 @@ class Coconut(nn.Module):
         """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.
 
         A row ends at `eos_id` (also as the very first token), after max_new_tokens, or at the model's last position.
-        Each token costs one column through the cache; rows that have ended are removed from the batch. The rows are
-        split over the CPU streams.
+        Each token costs one column through the cache. Once half of the rows have ended, they are removed from the
+        batch. The rows are split over the CPU streams.
         """
         decoders = map_streams(
             lambda rows: _Decoder(self, batch.prompts(rows), eos_id), even_slices(len(batch.input_ids))
@@ -139,6 +139,7 @@ class _Decoder:
             if not self.finished[row]:
                 if token != self.eos_id:
                     self.outputs[row].append(token)
+                # One token more than there are positions left: the last one is never fed.
                 self.finished[row] = token == self.eos_id or len(self.outputs[row]) > self.n_free[row]
         going_on = [i for i, row in enumerate(self.rows) if not self.finished[row]]
         if len(going_on) <= len(self.rows) // 2:

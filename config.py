@@ -33,7 +33,10 @@ def key(
     at_most: float | None = None,
     words: tuple[str, ...] = (),
 ):
-    """Declare a configuration key. `words` are texts it may hold, beside values of its type or (type str) alone."""
+    """Declare a configuration key.
+
+    words: texts that are allowed: for a key of type str no others, for other types in addition to values of the type.
+    """
     limits = {"at_least": at_least, "at_most": at_most, "words": words}
     return field(default=default, metadata={"meaning": meaning, **limits})
 

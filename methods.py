@@ -1,4 +1,6 @@
-"""The methods that can be trained, one row each. A new method is a new row here and its YAML files in args/.
+"""The methods that can be trained, one row each.
+
+A new method is a new row here and its YAML files in args/, and a key in config.py where no key selects it yet.
 
 A row answers three questions. Are there special tokens around the latents? What fills a latent place? How does the
 written chain of thought go away? Everything else (batches, training, evaluation) is the same for all methods: Coconut
@@ -17,7 +19,7 @@ class Method(NamedTuple):
     name: str
     title: str  # in tables and pictures
     key: str
-    drops_steps: Literal["by stage", "by token", "at once", "never"]
+    drops_steps: Literal["by stage", "by token", "at once", "never"]  # never, unless uniform_prob draws a later stage
     thought: str = "hidden"
     curriculum: str = "steps"
     special_tokens: bool = False  # start and end token between question and steps, also around zero latents (official)

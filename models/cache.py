@@ -54,11 +54,11 @@ class LayerCache:
     def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
         """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to padding.
 
-        Always an array, whatever return_array says, because only an array can hold padding. Raises ValueError for a
-        sliding window: it has to be measured in positions, and GPT-2 has none.
+        Always an array, also where return_array is False, because only an array can hold padding. Raises ValueError for
+        a sliding window, which GPT-2 does not use.
         """
         if window_size is not None:
-            raise ValueError(f"window_size {window_size}: this cache knows no sliding windows")
+            raise ValueError(f"window_size {window_size}: this cache has no sliding windows")
         end = self.n_columns + n_new
         queries, keys = mx.arange(self.n_columns, end), mx.arange(end)
         return (queries[:, None] >= keys)[None, None] & self.columns.attention_mask[:, None, None, :end]
