@@ -8,7 +8,6 @@ from startup import signals
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
 
-import argparse
 import sys
 from collections import Counter
 
@@ -18,7 +17,7 @@ from config import Config
 from text.reader import Example, read_examples
 from text.tokenizer import load_tokenizer
 from text.tokens import TokenDataset, tokenize
-from utils import UserError
+from utils import command_parser, exit_status, say
 
 N_SPECIAL = 2  # coconut puts one special token before the thoughts and one after them
 SHOWN = 5  # items in the list of the longest
@@ -111,18 +110,13 @@ def describe_duplicates(examples: list[Example]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status: 0, or 2 for data that run.py would reject."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.describe_data", description=__doc__.splitlines()[0])
+    parser = command_parser("scripts.describe_data", __doc__)
     parser.add_argument("file", help="a file, folder or Hub data set, as for train_path and val_path")
     parser.add_argument("--tokenizer", help="vocabulary, as the config key; default GPT-2's")
     parser.add_argument("--n-positions", type=int, default=1024, help="the model's positions (default 1024, GPT-2's)")
     parser.add_argument("--max-new-tokens", type=int, help="default as in run.py: 64 if FILE contains gsm, else 128")
-    options = parser.parse_args(arguments)
-    try:
-        print(describe(options.file, options.tokenizer, options.n_positions, options.max_new_tokens))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    o = parser.parse_args(arguments)
+    return exit_status(lambda: say(describe(o.file, o.tokenizer, o.n_positions, o.max_new_tokens)))
 
 
 if __name__ == "__main__":

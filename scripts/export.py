@@ -8,7 +8,6 @@ from startup import signals
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,27 +15,17 @@ from startup import blas  # noqa: F401  before mlx
 
 from models.weights import canonical, read_tensors, to_mlx_layout
 from training.checkpoint import read_metadata, write_tensors
-from utils import RunError, UserError, replacing, say
+from utils import UserError, command_parser, exit_status, replacing, say
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("scripts.export", __doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder or weights file")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     parser.add_argument("--method", choices=("coconut", "cot"), help="default: the method recorded in the checkpoint")
     options = parser.parse_args(arguments)
-    try:
-        export(options.checkpoint, options.out, options.method)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: export(options.checkpoint, options.out, options.method))
 
 
 def export(checkpoint: Path, out: Path, method: str | None) -> None:

@@ -10,35 +10,31 @@ from startup import signals
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
 
-import argparse
 import sys
 from pathlib import Path
 
 from training.curves import FORMATS, draw, read_curves
-from utils import UserError
+from utils import UserError, command_parser, exit_status, say
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("scripts.plot", __doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's directory")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="where to write the picture")
     options = parser.parse_args(arguments)
-    path = options.output or _default_output(options.runs)
+    return exit_status(lambda: plot(options.runs, options.output or _default_output(options.runs)))
+
+
+def plot(runs: list[Path], path: Path) -> None:
+    """Draw the runs. Raises UserError for an unreadable run, another suffix, or a path that cannot be written."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
     try:
-        if path.suffix not in FORMATS:
-            raise UserError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
-        draw([read_curves(run, name) for run, name in zip(options.runs, _names(options.runs), strict=True)], path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        draw([read_curves(run, name) for run, name in zip(runs, _names(runs), strict=True)], path)
     except OSError as error:
-        print(f"error: {path}: cannot write it ({error.strerror})", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+        raise UserError(f"{path}: cannot write it ({error.strerror})") from error
+    say(str(path))
 
 
 def _names(runs: list[Path]) -> list[str]:

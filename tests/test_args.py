@@ -9,7 +9,7 @@ from config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("graph_"))
-GRAPHS = sorted((ROOT / "args").glob("graph_*.yaml"))
+GRAPHS = sorted(p for p in (ROOT / "args").glob("graph_*.yaml") if not p.stem.endswith("_eval"))
 NAMES = (
     "gsm_icot prontoqa_icot prosqa_icot "
     "gsm_pause_token prontoqa_pause_token prosqa_pause_token "
