@@ -29,6 +29,10 @@ METADATA = "coconut.json"
 RECORDED_PACKAGES = ("mlx", "numpy", "tiktoken")
 
 
+class Unreadable(UserError):
+    """A file could not be read, which says nothing about its content: it is not damage."""
+
+
 @dataclass
 class TrainState:
     """The place in a run, between two optimizer steps."""
@@ -97,15 +101,25 @@ def load_optimizer(path: Path, optimizer) -> None:
 
 
 def read_metadata(path: Path | None) -> dict:
-    """The metadata of a folder of ours; empty for weights from elsewhere. Raises UserError where it is damaged."""
+    """The metadata of a folder of ours; empty for weights from elsewhere.
+
+    Raises UserError where it is damaged, and Unreadable where the system does not let us read it.
+    """
     if not path or not (path / METADATA).is_file():
         return {}
     try:
-        metadata = json.loads((path / METADATA).read_bytes())
+        content = (path / METADATA).read_bytes()
+    except OSError as error:
+        raise Unreadable(
+            f"{path / METADATA}: cannot be read ({error.strerror}); nothing was changed. Make it readable and run the "
+            "same command again"
+        ) from error
+    try:
+        metadata = json.loads(content)
         seal = metadata["crc32"]
         _seal(metadata)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {METADATA} is unreadable ({error!r:.100})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {METADATA} is damaged ({error!r:.100})") from error
     if metadata["crc32"] != seal:
         raise UserError(f"{path}: {METADATA} is damaged (its checksum is wrong)")
     return metadata

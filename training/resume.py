@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import FIELDS, Config
 from text.tokenizer import Tokenizer
-from training.checkpoint import METADATA, TrainState, find_damage, read_metadata, remove_folder
+from training.checkpoint import METADATA, TrainState, Unreadable, find_damage, read_metadata, remove_folder
 from utils import UserError, human_size, read_records, warn
 
 CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
@@ -57,7 +57,7 @@ def find_saved(run_dir: Path) -> Saved | None:
     """The newest undamaged state or checkpoint of a run directory, None for a fresh run.
 
     Damaged ones are named in a warning and skipped; names of other programs are ignored. Raises UserError where there
-    are some and all are damaged: starting over would overwrite a night's work.
+    are some and all are damaged, because a new start would overwrite them.
     """
     damaged = []
     for saved in sorted(_candidates(run_dir, damaged), key=Saved.progress, reverse=True):
@@ -67,7 +67,7 @@ def find_saved(run_dir: Path) -> Saved | None:
         _note_damage(f"{saved.path}: {problem}", damaged)
     if damaged:
         listed = "\n".join(f"  - {text}" for text in damaged)
-        raise UserError(f"{run_dir}: every checkpoint is damaged\n{listed}\nMove the directory away to start afresh")
+        raise UserError(f"{run_dir}: every checkpoint is damaged\n{listed}\nMove the directory away to start a new run")
     return None
 
 
@@ -75,10 +75,12 @@ def check_same_run(saved: Saved, config: Config, world_size: int = 1) -> list[st
     """Differences to the saved run's configuration that are harmless, as text.
 
     Raises UserError for a difference that would make it another run (method, data, model). Another number of processes
-    is none as long as a step takes the same items.
+    is allowed if each step takes the same number of items.
     """
     before, now = saved.metadata.get("config", {}), config.to_dict()
-    changed = {name: (before[name], now[name]) for name in before if name in now and before[name] != now[name]}
+    if before:  # keys that were added since then had their defaults' effect
+        before = {name: before.get(name, FIELDS[name].default) for name in now}
+    changed = {name: (old, now[name]) for name, old in before.items() if old != now[name]}
     free_keys, size_before = FREE_KEYS, saved.metadata.get("processes", 1)
     if before and size_before != world_size:
         _check_items_per_step(saved, (before, size_before), (now, world_size))
@@ -234,6 +236,8 @@ def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
             continue
         try:
             metadata = read_metadata(path)
+        except Unreadable:
+            raise  # the newest state may be intact: to go on from an older one would lose it
         except UserError as error:
             _note_damage(str(error), damaged)
             continue
