@@ -9,6 +9,7 @@ import numpy as np
 from analysis.graphs import Graph
 from training.curves import COLORS as LINES
 from training.curves import GRAY, INSTALL, MARKERS
+from training.evaluation import wilson
 from utils import UserError, replacing
 
 COLORS = "Blues"
@@ -38,6 +39,19 @@ def draw_accuracies(panel, lines: dict[str, dict[int, float]], stages: dict[int,
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=9)
+
+
+def draw_bars(panel, bars: dict[str, tuple[int, int]], label: str) -> None:
+    """A bar with its 95 % interval for each {name: (right answers, items)}."""
+    shares = [count / n for count, n in bars.values()]
+    intervals = [wilson(count, n) for count, n in bars.values()]
+    errors = np.array([[s - low, high - s] for s, (low, high) in zip(shares, intervals, strict=True)]).clip(0)
+    panel.bar(range(len(bars)), shares, yerr=errors.T, capsize=3, color=LINES[0], ecolor=GRAY)
+    panel.set_xticks(range(len(bars)), list(bars), fontsize=9)
+    panel.set(ylim=(0, 1), ylabel="accuracy", xlabel=label)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers: dict[int, int]) -> None:

@@ -27,7 +27,7 @@ INLINE = {" ".join(code.split()) for text in PROSE.values() for code in re.finda
 STARTS = ("python ", "python3 ", "bash ", "make ", "mlx.launch ")
 COMMANDS = {line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()}
 COMMANDS = sorted(COMMANDS | {code for code in INLINE if code.startswith(STARTS)})
-ROOMS = ("models", "text", "training", "parallel", "startup", "scripts")
+ROOMS = ("models", "text", "training", "parallel", "startup", "analysis", "scripts")
 # Names of files that runs, scripts and other programs write, or that stand for the reader's own.
 MADE = {"metrics.jsonl", "curves.png", "coconut.json", "first_batch.txt", "wandb_id.txt", "only_eval/", "config.yaml"}
 MADE |= {"mine.yaml", "hosts.json", "5hop_0shot_random.json", "vocab.json", "merges.txt", "config.json", ".json"}

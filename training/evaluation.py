@@ -19,6 +19,14 @@ from utils import Progress
 SHOWN = 60  # characters of a text among the samples
 
 
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a share of `count` among n (Wilson)."""
+    p, z = count / n, 1.959964
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The judged answers of a whole set, in file order, and the time that took."""
@@ -70,11 +78,8 @@ class Evaluation:
         return lines
 
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the accuracy (Wilson)."""
-        n, p, z = len(self.predictions), self.accuracy, 1.959964
-        center = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, center - half), min(1.0, center + half)
+        """95 % confidence interval of the accuracy."""
+        return wilson(self.n_correct, len(self.predictions))
 
 
 class Evaluator:
