@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -277,27 +276,6 @@ def test_a_key_that_is_younger_than_the_run_counts_as_its_default(finished, call
         file.write_text(json.dumps(metadata))
     outcome = call_main(tiny.config("other.yaml", save_path=tiny.folder / "older", thought="pause", num_epochs=4))
     assert outcome.status == 2 and "thought: was 'hidden', is 'pause'" in outcome.err
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
-def test_metadata_that_cannot_be_read_is_not_damage(finished, call_main, monkeypatch, error):
-    """To fall back to an older checkpoint would lose the optimizer and delete the newest state, which is intact."""
-    tiny, _ = finished
-    before = {path: path.read_bytes() for path in (tiny.runs / "tiny").rglob("*") if path.is_file()}
-    [state] = (tiny.runs / "tiny").glob("state_*")
-    read_bytes = Path.read_bytes
-
-    def refuse(path):
-        if path == state / "coconut.json":
-            raise error
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    outcome = call_main(tiny.folder / "tiny.yaml", "num_epochs=5")
-    monkeypatch.undo()
-    assert outcome.status == 2
-    assert f"{state}/coconut.json: cannot be read ({error.strerror}); nothing was changed" in outcome.err
-    assert {path: path.read_bytes() for path in (tiny.runs / "tiny").rglob("*") if path.is_file()} == before
 
 
 def test_an_empty_directory_and_stray_files_do_not_disturb(tiny, call_main):

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, damaged or out of disk go on to the same result, or say clearly why not."""
 
+import errno
 import json
 import random
 import shutil
@@ -7,13 +8,16 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from survival import SETTINGS, Trial, differences
 
 import run as run_module
 from config import Config
+from training import checkpoint
 from training.resume import clean, prune
+from utils import crc32
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,49 @@ def test_a_damaged_file_is_named_or_does_no_harm(name, damage, whole, two_of_thr
         assert "going back" in printed.err
     if name == "metrics.jsonl":
         assert "metrics.jsonl" in printed.err
+
+
+def refuse_to_read(path, monkeypatch):
+    """Reading this file fails as it does on a bad sector."""
+
+    def failing(function):
+        def read(file, *arguments, **keys):
+            if file == path:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return function(file, *arguments, **keys)
+
+        return read
+
+    monkeypatch.setattr(Path, "open", failing(Path.open))
+    monkeypatch.setattr(checkpoint, "crc32", failing(crc32))
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("name", ["coconut.json", "model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("how", ["bad sector", "folder in its place"])
+def test_a_file_that_cannot_be_read_is_no_damage(name, how, two_of_three, tmp_path, capsys, monkeypatch):
+    """The newest state may be intact: the run stops, and goes on from it once it can be read again."""
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "trial"
+    command, before = resume_command(tmp_path / "copy"), contents(run_dir)
+    path = run_dir / STATE / name
+    with monkeypatch.context() as patch:
+        if how == "bad sector":
+            refuse_to_read(path, patch)
+        else:
+            path.rename(tmp_path / "aside")
+            path.mkdir()
+        assert run_module.main(command) == 2
+    printed = capsys.readouterr().err
+    assert f"cannot read {path}" in printed and "Nothing was changed" in printed
+    assert "going back" not in printed
+    if how != "bad sector":
+        path.rmdir()
+        (tmp_path / "aside").rename(path)
+    assert contents(run_dir) == before
 
 
 def resume_command(folder):

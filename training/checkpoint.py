@@ -29,8 +29,8 @@ METADATA = "coconut.json"
 RECORDED_PACKAGES = ("mlx", "numpy", "tiktoken")
 
 
-class Unreadable(UserError):
-    """A file could not be read, which says nothing about its content: it is not damage."""
+class Damaged(UserError):
+    """A saved folder does not hold what was written into it."""
 
 
 @dataclass
@@ -103,37 +103,40 @@ def load_optimizer(path: Path, optimizer) -> None:
 def read_metadata(path: Path | None) -> dict:
     """The metadata of a folder of ours; empty for weights from elsewhere.
 
-    Raises UserError where it is damaged, and Unreadable where the system does not let us read it.
+    Raises Damaged where the content is wrong, and UserError where it cannot be read.
     """
-    if not path or not (path / METADATA).is_file():
+    if not path:
         return {}
     try:
-        content = (path / METADATA).read_bytes()
-    except OSError as error:
-        raise Unreadable(
-            f"{path / METADATA}: cannot be read ({error.strerror}); nothing was changed. Make it readable and run the "
-            "same command again"
-        ) from error
+        with _readable(path):
+            content = (path / METADATA).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     try:
         metadata = json.loads(content)
         seal = metadata["crc32"]
         _seal(metadata)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {METADATA} is damaged ({error!r:.100})") from error
+        raise Damaged(f"{path}: {METADATA} is damaged ({error!r:.100})") from error
     if metadata["crc32"] != seal:
-        raise UserError(f"{path}: {METADATA} is damaged (its checksum is wrong)")
+        raise Damaged(f"{path}: {METADATA} is damaged (its checksum is wrong)")
     return metadata
 
 
 def find_damage(path: Path, metadata: dict) -> str | None:
-    """What is wrong with a folder's files; None where they are as they were written."""
+    """What is wrong with a folder's files; None where they are as they were written.
+
+    Raises UserError where a file cannot be read, which is no damage.
+    """
     for name, expected in metadata.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
+        try:
+            with _readable(path):
+                size, checksum = (path / name).stat().st_size, crc32(path / name)
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if crc32(file) != expected["crc32"]:
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes, {expected['bytes']} were written"
+        if checksum != expected["crc32"]:
             return f"{name} is damaged (its checksum is wrong)"
     return None
 
@@ -149,6 +152,24 @@ def remove_folder(folder: Path) -> None:
     renamed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     os.rename(folder, renamed)
     shutil.rmtree(renamed)
+
+
+@contextmanager
+def _readable(path: Path):
+    """Turn the OSErrors of reading a folder's files (no permission, a failing disk) into UserError.
+
+    They are no damage: a run that went back to an older state would then remove this one, which may be intact. That a
+    file is not there is left to the caller.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read {error.filename or 'it'} ({error.strerror}). Nothing was changed: make it readable, "
+            "or move the folder away to do without it"
+        ) from error
 
 
 def _run_dir(metadata: dict) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import FIELDS, Config
 from text.tokenizer import Tokenizer
-from training.checkpoint import METADATA, TrainState, Unreadable, find_damage, read_metadata, remove_folder
+from training.checkpoint import METADATA, Damaged, TrainState, find_damage, read_metadata, remove_folder
 from utils import UserError, human_size, read_records, warn
 
 CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
@@ -57,7 +57,7 @@ def find_saved(run_dir: Path) -> Saved | None:
     """The newest undamaged state or checkpoint of a run directory, None for a fresh run.
 
     Damaged ones are named in a warning and skipped; names of other programs are ignored. Raises UserError where there
-    are some and all are damaged, because a new start would overwrite them.
+    are some and all are damaged, because a new start would overwrite them, or where one cannot be read.
     """
     damaged = []
     for saved in sorted(_candidates(run_dir, damaged), key=Saved.progress, reverse=True):
@@ -228,7 +228,7 @@ def locked(run_dir: Path):
 
 
 def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
-    """Every folder and file that may be ours; those without readable metadata are added to `damaged`."""
+    """Every folder and file that may be ours; those with damaged metadata are added to `damaged`."""
     found = []
     for path in run_dir.iterdir():
         checkpoint, state = CHECKPOINT.match(path.name), STATE.match(path.name)
@@ -236,9 +236,7 @@ def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
             continue
         try:
             metadata = read_metadata(path)
-        except Unreadable:
-            raise  # the newest state may be intact: to go on from an older one would lose it
-        except UserError as error:
+        except Damaged as error:
             _note_damage(str(error), damaged)
             continue
         if path.is_dir() and not metadata:
