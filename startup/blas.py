@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,9 @@ def keep_freed_memory() -> None:
 
 
 def _load_copy(copy: Path) -> None:
-    """Load a copy without the prefix. Raises OSError if it is missing, incomplete or damaged."""
+    """Load a copy without the prefix. Raises OSError if it is missing, incomplete, damaged or in others' hands."""
+    if problem := _owner_problem(copy):
+        raise OSError(problem)
     with open(copy, "rb") as file:
         file.seek(-len(END_MARK), os.SEEK_END)
         if file.read() != END_MARK:
@@ -122,9 +125,17 @@ def _load_copy(copy: Path) -> None:
     _load(copy, "scipy-openblas32")
 
 
+def _owner_problem(path: Path) -> str | None:
+    """Why a library under `path` must not be loaded: whoever can write to it decides what this process runs."""
+    found = path.stat()
+    if found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return None
+    return f"{path} belongs to another user or can be written by others"
+
+
 def _make_copy(original: Path, copy: Path) -> None:
     """Write a copy without the prefix and rename it into place when complete: other processes may use the same path."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="new-", dir=copy.parent) as folder:
         output = Path(folder, copy.name)
         _remove_prefix(original, output)
@@ -132,6 +143,7 @@ def _make_copy(original: Path, copy: Path) -> None:
             file.write(END_MARK)
             file.flush()
             os.fsync(file.fileno())
+        output.chmod(0o644)  # also under a umask that would let others write
         os.replace(output, copy)
 
 
@@ -175,7 +187,10 @@ def _load_from_wheel() -> None:
     file_name = _file_name(wheel.version, original.stat().st_size)
     with contextlib.suppress(OSError, RuntimeError):  # not writable, or mounted noexec; RuntimeError: no home directory
         copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", file_name)
-        with contextlib.suppress(OSError):  # not yet made, incomplete or damaged
+        if copy.parent.exists() and (problem := _owner_problem(copy.parent)):
+            print(f"warning: {problem}; the OpenBLAS in it is not used (chmod go-w makes it safe)", file=sys.stderr)
+            raise OSError(problem)
+        with contextlib.suppress(OSError):  # not yet made, incomplete, damaged or writable by others
             _load_copy(copy)
             return
         _make_copy(original, copy)

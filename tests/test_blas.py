@@ -187,6 +187,39 @@ def test_without_a_writable_cache_a_temporary_copy_is_loaded(cache, tmp_path):
     assert OURS in out and not err and not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_cache_that_others_can_write_to_is_not_used(cache, copy, tmp_path, mode):
+    """They could put any code there. A temporary copy is loaded instead, and what is there is left alone."""
+    folder = tmp_path / "coconut-mlx"
+    folder.mkdir()
+    (folder / copy.name).write_bytes(b"x" * 5000 + copy.read_bytes()[5000:])  # would crash where it is loaded
+    (folder / copy.name).chmod(0o644)
+    folder.chmod(mode)
+    before = (folder / copy.name).read_bytes()
+    out, err = run(IMPORT, tmp_path)
+    assert OURS in out and (folder / copy.name).read_bytes() == before
+    assert err == (
+        f"warning: {folder} belongs to another user or can be written by others; the OpenBLAS in it is not used "
+        "(chmod go-w makes it safe)\n"
+    )
+
+
+def test_a_copy_that_others_can_write_to_is_made_again(cache, copy, tmp_path):
+    folder = tmp_path / "coconut-mlx"
+    folder.mkdir(mode=0o700)
+    (folder / copy.name).write_bytes(copy.read_bytes())
+    (folder / copy.name).chmod(0o666)
+    out, err = run(IMPORT, tmp_path)
+    assert OURS in out and not err
+    assert not (folder / copy.name).stat().st_mode & 0o022
+
+
+def test_a_new_cache_is_the_users_alone(cache, tmp_path):
+    run(f"import os; os.umask(0); {IMPORT}", tmp_path)
+    [copy] = (tmp_path / "coconut-mlx").iterdir()
+    assert (copy.parent.stat().st_mode & 0o777, copy.stat().st_mode & 0o777) == (0o700, 0o644)
+
+
 def test_import_after_mlx_warns(cache):
     out, err = run("import mlx.core\n" + IMPORT, cache)
     assert out == "MLX's own BLAS\n" and err.count("\n") == 1 and "mlx was imported before startup.blas" in err
