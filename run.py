@@ -16,6 +16,8 @@ try:
 except OSError as problem:
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
+if __name__ == "__main__":
+    settings.own_pictures()
 from config import Config, load_config, usage
 from parallel.distributed import ALONE, FailedElsewhere, Group, join
 from parallel.streams import use_streams

@@ -20,10 +20,11 @@ Prints accuracy with its 95 % interval, the exact McNemar p against `none`, and 
 thoughts. Writes controls.jsonl and controls.png.
 """
 
-from startup import signals
+from startup import settings, signals
 
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
+    settings.own_pictures()
 
 import argparse
 import json

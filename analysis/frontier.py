@@ -8,10 +8,11 @@ far from the others (arXiv 2505.12514). Prints a table, and writes frontier.json
 line for each item and thought) and frontier.png.
 """
 
-from startup import signals
+from startup import settings, signals
 
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
+    settings.own_pictures()
 
 import argparse
 import json

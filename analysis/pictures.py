@@ -8,9 +8,9 @@ import numpy as np
 
 from analysis.graphs import Graph
 from training.curves import COLORS as LINES
-from training.curves import GRAY, INSTALL, MARKERS
+from training.curves import GRAY, MARKERS, drawing, new_figure
 from training.evaluation import wilson
-from utils import UserError, replacing
+from utils import replacing
 
 COLORS = "Blues"
 
@@ -18,14 +18,11 @@ COLORS = "Blues"
 @contextmanager
 def save_figure(path: Path, figsize: tuple[float, float]):
     """A new matplotlib Figure to draw on, written to `path` afterwards. Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # slow to import; unlike pyplot it needs no display and no global state
-    except ImportError as error:
-        raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
-    figure = Figure(figsize=figsize, layout="constrained")
-    yield figure
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    with drawing(path):
+        figure = new_figure(figsize)
+        yield figure
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=150)
 
 
 def draw_accuracies(panel, lines: dict[str, dict[int, float]], stages: dict[int, int], chance: float) -> None:

@@ -8,10 +8,11 @@ intervals and the exact McNemar p against the trained number, and writes sweep.j
 one line for each item and number) and sweep.png.
 """
 
-from startup import signals
+from startup import settings, signals
 
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
+    settings.own_pictures()
 
 import argparse
 import json

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     signals.at_once()  # before the slow imports
     # The products are too small to gain from more threads, and fixed numbers give the same sums on any machine.
     settings.default(OPENBLAS_NUM_THREADS="1", COCONUT_STREAMS="2")  # before startup.blas
+    settings.own_pictures()
 
 import argparse
 import os
@@ -28,7 +29,7 @@ from analysis.probing import open_checkpoint
 from config import Config, load_config
 from methods import METHODS
 from training.setup import output_directory
-from utils import UserError, command_parser, exit_status, markdown_table, read_records, say, warn, write_text
+from utils import RunError, UserError, command_parser, exit_status, markdown_table, read_records, say, warn, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "preprocessing"))
@@ -187,7 +188,7 @@ def print_results(options: argparse.Namespace, folder: Path, configs: dict[str, 
     try:
         draw(results, held, picture)
         say(f"picture: {picture}")
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         warn(f"{picture} is not drawn: {error}")
     say("\n" + "\n".join(next_steps(options, folder)))
 

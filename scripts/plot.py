@@ -5,10 +5,11 @@ a run's directory (or its metrics.jsonl). FILE ends in .png, .pdf or .svg; by de
 of a single run, and comparison.png in the current directory for several.
 """
 
-from startup import signals
+from startup import settings, signals
 
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports
+    settings.own_pictures()
 
 import sys
 from pathlib import Path

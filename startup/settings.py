@@ -1,4 +1,4 @@
-"""Environment variables that the project sets. A value that the user has set stays."""
+"""Environment variables that the project sets. A value that the user has set stays, but for matplotlib's."""
 
 import os
 
@@ -18,3 +18,10 @@ def lift_graph_width() -> None:
     last and keep activations alive until then; with one stream it gains nothing.
     """
     default(MLX_BFS_MAX_WIDTH="1000000")
+
+
+def own_pictures() -> None:
+    """Draw with matplotlib's own defaults: a notebook's backend or a matplotlibrc of the user could need a display,
+    LaTeX or fonts that are not there. Call it before matplotlib is imported.
+    """
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)

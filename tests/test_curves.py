@@ -1,11 +1,18 @@
 """Pictures of runs: what they show, and the messages for bad input."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from scripts.plot import main
+from training import curves
 from training.curves import make_figure, read_curves
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def logged(folder, stages, first_epoch=1, max_latent_stage=None, trained=True):
@@ -122,3 +129,32 @@ def test_bad_input_is_one_line(words, tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert BAD[words] in message
+
+
+@pytest.mark.parametrize(
+    "rc", [b"text.usetex: True\nfont.family: Nowhere\nbackend: TkAgg\n", b"\xff\xfe broken \x00\n"]
+)
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "no such backend"])
+def test_neither_the_users_backend_nor_the_users_rc_is_used(tmp_path, backend, rc):
+    """A notebook's variable, a display that is not there, LaTeX, missing fonts, a file that is no text."""
+    run = logged(tmp_path / "run", [0, 0, 1])
+    (tmp_path / "matplotlibrc").write_bytes(rc)
+    variables = {"MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plot", str(run)], cwd=ROOT, env=os.environ | variables, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_whatever_drawing_raises_costs_one_warning(tmp_path, monkeypatch, capsys):
+    run = logged(tmp_path / "run", [0, 0, 1])
+    monkeypatch.setattr(curves, "_warned", False)
+    monkeypatch.setattr(curves, "make_figure", lambda *_: {}["font"])
+    for _ in range(3):
+        curves.keep_curves(run)
+    assert capsys.readouterr().err == (
+        f"warning: curves.png is not drawn: {run}/curves.png: matplotlib cannot draw it (KeyError('font'))\n"
+    )
+    assert not list(run.glob("*.png")) and not list(run.glob(".*"))

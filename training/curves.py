@@ -2,13 +2,14 @@
 
 import logging
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
 
 import yaml
 
-from utils import UserError, read_records, replacing, warn
+from utils import RunError, UserError, read_records, replacing, warn
 
 # Okabe and Ito's colors, which people with any color vision can distinguish; each also gets its own marker.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -54,7 +55,7 @@ def keep_curves(run_dir: Path) -> None:
     global _warned
     try:
         draw([read_curves(run_dir)], run_dir / "curves.png")
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         if not _warned:
             warn(f"curves.png is not drawn: {error}")
         _warned = True
@@ -87,11 +88,23 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
 def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
     """Write the picture of one or several runs; the suffix of `path` (FORMATS) selects the format.
 
-    Raises UserError if matplotlib is not installed, and OSError if the file cannot be written.
+    Raises UserError if matplotlib is not installed, OSError if the file cannot be written, and RunError if matplotlib
+    fails.
     """
-    figure = make_figure(runs, title)
-    with replacing(path) as temporary:
+    with drawing(path), replacing(path) as temporary:
+        figure = make_figure(runs, title)
         figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=None if path.suffix == ".png" else {})
+
+
+@contextmanager
+def drawing(path: Path):
+    """Raise RunError in the place of what matplotlib raises, which may be anything."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise RunError(f"{path}: matplotlib cannot draw it ({' '.join(repr(error).split()):.200})") from error
 
 
 def make_figure(runs: list[Curves], title: str | None = None):
@@ -127,13 +140,18 @@ def _add_legend(figure, panel) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _panels():
+def new_figure(size: tuple[float, float]):
+    """An empty matplotlib Figure of a size in inches. Raises UserError without matplotlib."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides its notes on caches and fonts
     try:
         from matplotlib.figure import Figure  # slow to import; unlike pyplot it needs no display and no global state
     except ImportError as error:
         raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def _panels():
+    figure = new_figure((7, 5))
     axes = figure.subplots(2, 1, sharex=True)
     for panel in axes:
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
