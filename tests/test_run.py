@@ -342,6 +342,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(tiny,
     assert "checkpoint_2" in names(folder)
 
 
+@pytest.mark.parametrize("lr", [1e30, 1e300])
+def test_what_an_epochs_last_step_spoils_is_not_saved(lr, tiny, call_main):
+    """One step an epoch: its loss is still good, and no later one shows that the weights are spoiled."""
+    keys = {"batch_size_training": 8, "reset_optimizer": True}
+    assert call_main(tiny.config(num_epochs=1, **keys)).status == 0
+    folder, records = tiny.runs / "tiny", tiny.records()
+    before = names(folder)
+    outcome = call_main(tiny.config(num_epochs=2, lr=lr, **keys))
+    assert outcome.status == 1
+    assert "after epoch 2, step 0" in outcome.err and "a lower learning rate" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert names(folder) == before and (folder / "state_0_1").is_dir()
+    assert "NaN" not in (folder / "metrics.jsonl").read_text() and tiny.records()[:-1] == records
+    assert call_main(tiny.config(num_epochs=2, **keys)).status == 0, "with a sane learning rate it goes on"
+    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1, 2]
+
+
+def test_an_evaluation_that_is_not_finite_is_not_logged(finished, tiny, call_main):
+    """Finite weights that are too large: no NaN in metrics.jsonl."""
+    tensors = mx.load(str(finished[0].runs / "tiny" / "checkpoint_1" / "model.safetensors"))
+    tensors["transformer.ln_f.weight"] *= 1e38
+    mx.save_safetensors(str(tiny.folder / "large.safetensors"), tensors)
+    outcome = call_main(tiny.config(only_eval=True, load_model_path=tiny.folder / "large.safetensors"))
+    assert outcome.status == 1
+    assert re.search(r"error: the validation loss of .*valid.json is (nan|inf)", outcome.err)
+    assert (tiny.runs / "tiny" / "metrics.jsonl").read_text() == ""
+
+
 def test_an_error_in_decoding_is_not_a_wrong_answer(tiny, call_main, monkeypatch):
     """A bug shows itself; it is not counted as an answer that missed."""
 

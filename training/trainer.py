@@ -1,11 +1,12 @@
 """The training loop: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
 
+import math
 import time
 from pathlib import Path
 
 import mlx.core as mx
 
-from dataset import describe_batch, training_batches
+from dataset import describe_batch, loss_batches, training_batches
 from models.precision import compute_dtype, computing_in
 from parallel.distributed import parameter_digest
 from training import checkpoint, resume
@@ -14,8 +15,8 @@ from training.curves import keep_curves
 from training.evaluation import Evaluation, Evaluator
 from training.metrics import MetricLog, NoMetrics, start_wandb
 from training.setup import Run, warn_of_other_stage
-from training.step import StepResult, TrainStep, group_batches, new_optimizer
-from utils import Progress, Stopped, StopSignals, human_size, say, warn, write_json_lines, write_text
+from training.step import StepResult, TrainStep, diverged, group_batches, is_finite, new_optimizer
+from utils import Progress, RunError, Stopped, StopSignals, human_size, say, warn, write_json_lines, write_text
 
 REDRAW_SECONDS = 30  # between two drawings of curves.png; the last one is always drawn
 
@@ -141,6 +142,7 @@ class Trainer:
         is_due = time.monotonic() - self.last_save >= 60 * self.config.save_interval_minutes
         signal = self.group.any_signal(self.stop.requested)
         if (is_last or is_due or signal) and self.writes:
+            self._check_finite()
             self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
             metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
             self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
@@ -149,6 +151,22 @@ class Trainer:
         if signal:
             self.group.barrier()  # the first rank to exit ends the others
             raise Stopped(signal)
+
+    def _check_finite(self) -> None:
+        """Raise RunError where the weights are of no use, before they replace the last good state.
+
+        The loss of a step is that before its update, so what the last update did shows only here. Finite weights can
+        be so large that the loss is not: it is computed on the first validation batch.
+        """
+        place = f"after epoch {self.state.epoch + 1}, step {self.state.step - 1}"
+        if not is_finite([self.run.model.parameters(), self.optimizer.state]):
+            raise diverged(f"the weights or the optimizer's moments are not finite {place}")
+        batch = next(loss_batches(self.run.valid.tokens, self.curriculum, self.state.epoch))
+        self.run.model.eval()
+        with computing_in(self.run.model, compute_dtype(self.config.bf16)):
+            loss = self.run.model(batch.to_mlx()).item()
+        if not math.isfinite(loss):
+            raise diverged(f"the validation loss is {loss} {place}")
 
     def _stop_if_asked(self) -> None:
         if signal := self.group.any_signal(self.stop.requested):
@@ -222,7 +240,10 @@ def evaluate(
     checked = stop.checked if run.group.world_size == 1 else iter
     evaluator = Evaluator(run.model, run.valid, run.curriculum, run.group, checked)
     with computing_in(run.model, compute_dtype(run.config.bf16)):
-        loss, result = evaluator.loss(epoch), evaluator.answers(stage)
+        loss = evaluator.loss(epoch)
+        if not math.isfinite(loss):  # on all ranks
+            run.group.agree(RunError(f"the validation loss of {run.valid.path} is {loss}; nothing was logged"))
+        result = evaluator.answers(stage)
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     if run.group.is_main:
         write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
