@@ -126,7 +126,11 @@ class Config:
 
     # Training
     num_epochs: int = key("epochs in all, the skipped ones of `resume` included", 1, at_least=1)
-    resume: int = key("epochs to skip at the start; with only_eval, the epoch whose stage is evaluated", 0, at_least=0)
+    resume: int = key(
+        "epochs to skip at the start; with only_eval, the epoch whose stage is evaluated (by default the checkpoint's)",
+        0,
+        at_least=0,
+    )
     batch_size_training: int = key("items per micro-batch, in each process", 32, at_least=1)
     gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, at_least=1)
     lr: float = key("learning rate of AdamW", 1e-4, at_least=0)
@@ -153,6 +157,9 @@ class Config:
         "longest answer in tokens; where None, 64 if val_path contains `gsm`, else 128", None, at_least=1
     )
 
+    # No key: whether `resume` chooses the stage of an evaluation (see load_config), or is only the default
+    resume_given: bool = field(default=True, compare=False)
+
     @property
     def method(self) -> Method:
         """The one method that is switched on."""
@@ -177,10 +184,10 @@ class Config:
 
     def to_dict(self) -> dict:
         """Every key and its value."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in FIELDS}
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
 TYPES = typing.get_type_hints(Config)
 
 
@@ -190,7 +197,8 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> Config:
     Precedence: override > file > default. Raises UserError that names every problem at once.
     """
     problems: list[str] = []
-    given = {**_read_yaml(path, problems), **_read_overrides(overrides, problems)}
+    in_file, changed = _read_yaml(path, problems), _read_overrides(overrides, problems)
+    given = {**in_file, **changed}
     values = {}
     for name, value in given.items():
         if name not in FIELDS:
@@ -204,7 +212,9 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> Config:
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise UserError(f"{path}: {count} in the configuration\n" + "\n".join(f"  - {p}" for p in problems))
-    return Config(**values)
+    # The `resume` of a training run's file, evaluated by `only_eval=True` on the command line, is about its training.
+    evaluates = _as_type(in_file.get("only_eval"), bool)
+    return Config(**values, resume_given="resume" in changed or ("resume" in in_file and bool(evaluates)))
 
 
 def usage() -> str:

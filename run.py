@@ -94,9 +94,9 @@ def choose_streams(config: Config) -> None:
 def execute(config: Config, group: Group) -> None:
     """One run from configuration to result: load everything, then evaluate once or train."""
     with ExitStack() as stack:
-        run, directory = prepare(config, blas.describe(), group, stack)
+        run = prepare(config, blas.describe(), group, stack)
         if config.only_eval:
-            trainer.evaluate_once(run, directory)
+            trainer.evaluate_once(run)
         else:
             trainer.train(run)
 

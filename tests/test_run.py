@@ -21,6 +21,8 @@ from training import step, trainer
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
 EVAL_KEYS |= {"train/seconds", "acc_interval"}
+THOUGHTS = {"method": "coconut", "c_thought": 1, "max_latent_stage": 2, "pad_latent_to_max": True}
+ABOUT_KEYS = {"checkpoint", "data", "data_sha256", "stage", *THOUGHTS}  # of every record of an evaluation
 PREDICTION_KEYS = {
     "idx", "question", "expected_answer", "answer", "correct", "cot", "cot_match", "output_ids", "n_tokens",
 }  # fmt: skip
@@ -33,6 +35,10 @@ def names(folder) -> set[str]:
 
 def jsonl(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without(keys: set[str], records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key not in keys} for record in records]
 
 
 def without_time(records: list[dict]) -> list[dict]:
@@ -190,8 +196,23 @@ def test_debug_limits_the_data_and_keeps_no_checkpoints(tiny, call_main):
     outcome = call_main(tiny.config(debug=True, num_epochs=1, val_path=valid))
     assert outcome.status == 0, outcome.err
     written = {"config.yaml", "metrics.jsonl", "first_batch.txt", "curves.png", "predictions_1.jsonl"}
-    assert names(tiny.runs / "tiny") == written
-    assert len(jsonl(tiny.runs / "tiny" / "predictions_1.jsonl")) == 32
+    assert names(tiny.runs / "tiny") == {"debug"}
+    assert names(tiny.runs / "tiny" / "debug") == written
+    assert len(jsonl(tiny.runs / "tiny" / "debug" / "predictions_1.jsonl")) == 32
+
+
+def test_debug_under_the_name_of_a_run_leaves_that_run_alone(tiny, call_main):
+    """It neither goes on from the run's state nor touches its metrics, configuration and predictions."""
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    folder = tiny.runs / "tiny"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    outcome = call_main(tiny.config(num_epochs=3, debug=True, lr=1e-4))
+    assert outcome.status == 0, outcome.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert names(folder) == {path.relative_to(folder).parts[0] for path in before if path.name != ".lock"} - {
+        "state_0_2"
+    } | {"state", "debug"}
+    assert "going on from" not in outcome.out
 
 
 def test_save_only_improve_keeps_the_epochs_of_a_new_best_accuracy(tiny, call_main):
@@ -217,8 +238,8 @@ def test_save_only_improve_keeps_the_epochs_of_a_new_best_accuracy(tiny, call_ma
 def test_a_run_without_checkpoints_starts_over_and_writes_its_metrics_anew(tiny, call_main):
     for _ in range(2):
         assert call_main(tiny.config(debug=True, num_epochs=1)).status == 0
-    assert [r["train/step"] for r in tiny.records() if "train/loss" in r] == [0, 1]
-    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1]
+    assert [r["train/step"] for r in tiny.records("tiny/debug") if "train/loss" in r] == [0, 1]
+    assert [r["epoch"] for r in tiny.records("tiny/debug") if "eval/loss" in r] == [1]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tiny, call_main):
@@ -300,18 +321,73 @@ def test_only_eval_prints_everything_and_writes_two_files(evaluate):
     assert re.fullmatch(pattern, line)
     assert names(folder) == {"metrics.jsonl", "predictions_2.jsonl"}
     [record] = jsonl(folder / "metrics.jsonl")
-    assert set(record) == EVAL_KEYS
+    assert set(record) == EVAL_KEYS | ABOUT_KEYS
     assert "warning" not in outcome.err
+    assert "resume: 2" in outcome.out
 
 
 def test_only_eval_repeats_the_trainings_evaluation(finished, evaluate):
     """checkpoint_3 was trained and judged in epoch index 2."""
     _, folder = evaluate(3, resume=2)
     trained = finished[0].runs / "tiny"
-    assert (folder / "predictions_2.jsonl").read_bytes() == (trained / "predictions_3.jsonl").read_bytes()
+    assert without(ABOUT_KEYS, jsonl(folder / "predictions_2.jsonl")) == jsonl(trained / "predictions_3.jsonl")
     [record], [expected] = jsonl(folder / "metrics.jsonl"), [r for r in finished[0].records() if r["epoch"] == 3][1:]
     assert record["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-6)
     assert (record["eval/acc"], record["stage"]) == (expected["eval/acc"], expected["stage"])
+
+
+def test_only_eval_without_resume_repeats_every_checkpoints_own_evaluation(finished, call_main, tmp_path):
+    """Stage and thoughts are those in the checkpoint's metadata, whatever the configuration says of thoughts."""
+    tiny, _ = finished
+    for number in (1, 2, 3):
+        keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / f"checkpoint_{number}", "name": str(number)}
+        keys |= {"max_latent_stage": 1, "epochs_per_stage": 4, "c_thought": 2, "save_path": tmp_path}
+        outcome = call_main(tiny.config("eval.yaml", **keys))
+        assert outcome.status == 0, outcome.err
+        assert f"eval:  stage {number - 1}, method coconut, c_thought 1, max_latent_stage 2" in outcome.out
+        assert "as the checkpoint was trained" in outcome.out
+        assert "note: c_thought: 1, as" in outcome.out and "not 2; with `resume` given" in outcome.out
+        [record] = jsonl(tmp_path / str(number) / "metrics.jsonl")
+        [expected] = [r for r in finished[0].records() if r["epoch"] == number and "eval/loss" in r]
+        assert record["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-6)
+        assert record.items() >= THOUGHTS.items()
+        found = jsonl(tmp_path / str(number) / f"predictions_{number}.jsonl")
+        assert without(ABOUT_KEYS, found) == jsonl(tiny.runs / "tiny" / f"predictions_{number}.jsonl")
+
+
+def test_the_resume_of_a_training_run_is_not_that_of_its_evaluation(finished, call_main, tmp_path):
+    """`run.py RUN/config.yaml only_eval=True load_model_path=RUN`: the file's `resume: 0` skipped no epochs."""
+    run = finished[0].runs / "tiny"
+    keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}"]
+    assert "stage 1," in call_main(run / "config.yaml", *keys).out
+    assert "stage 0," in call_main(run / "config.yaml", *keys, "resume=0").out
+
+
+@pytest.mark.parametrize("change", [
+    {"c_thought": 2}, {"max_latent_stage": 3}, {"pad_latent_to_max": False}, {"coconut": False, "cot": True}
+])  # fmt: skip
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_only_eval_with_other_thoughts_than_trained_says_so(change, file, finished, evaluate):
+    """Also where a file inside the checkpoint is named."""
+    path = finished[0].runs / "tiny" / "checkpoint_3" / file
+    outcome, _ = evaluate(3, resume=2, load_model_path=path, **change)
+    name = "method" if "cot" in change else next(iter(change))
+    assert re.search(rf"^warning: .* was trained with {name}: ", outcome.err, flags=re.MULTILINE)
+
+
+def test_a_second_evaluation_does_not_overwrite_the_first(finished, evaluate):
+    """Other data, and another checkpoint; the same evaluation again has one file."""
+    tiny, _ = finished
+    for keys in ({}, {"val_path": tiny.train}, {}):
+        _, folder = evaluate(3, resume=2, **keys)
+    evaluate(2, resume=2)
+    firsts = {path.name: jsonl(path)[0] for path in folder.glob("predictions_*.jsonl")}
+    assert firsts.keys() == {"predictions_2.jsonl", "predictions_2_2.jsonl", "predictions_2_3.jsonl"}
+    expected = [("checkpoint_3", tiny.valid), ("checkpoint_3", tiny.train), ("checkpoint_2", tiny.valid)]
+    for found, (checkpoint, data) in zip(sorted(firsts.items()), expected, strict=True):
+        assert (found[1]["checkpoint"].split("/")[-1], found[1]["data"]) == (checkpoint, str(data)), found[0]
+    described = [(r["checkpoint"].split("/")[-1], r["data"]) for r in jsonl(folder / "metrics.jsonl")]
+    assert described == [(name, str(data)) for name, data in (expected[0], expected[1], expected[0], expected[2])]
 
 
 def test_only_eval_at_another_stage_than_trained_says_so(evaluate):
@@ -425,6 +501,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(tiny,
     assert (folder / "checkpoint_1" / "model.safetensors").read_bytes() == weights
     assert call_main(tiny.config(num_epochs=2)).status == 0, "with a sane learning rate it goes on"
     assert "checkpoint_2" in names(folder)
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e300])
+def test_what_an_epochs_last_step_spoils_is_not_saved(lr, tiny, call_main):
+    """One step an epoch: its loss is still good, and no later one shows that the weights are spoiled."""
+    keys = {"batch_size_training": 8, "reset_optimizer": True}
+    assert call_main(tiny.config(num_epochs=1, **keys)).status == 0
+    folder, records = tiny.runs / "tiny", tiny.records()
+    before = names(folder)
+    outcome = call_main(tiny.config(num_epochs=2, lr=lr, **keys))
+    assert outcome.status == 1
+    assert "after epoch 2, step 0" in outcome.err and "a lower learning rate" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert names(folder) == before and (folder / "state_0_1").is_dir()
+    assert "NaN" not in (folder / "metrics.jsonl").read_text() and tiny.records()[:-1] == records
+    assert call_main(tiny.config(num_epochs=2, **keys)).status == 0, "with a sane learning rate it goes on"
+    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1, 2]
+
+
+def test_an_evaluation_that_is_not_finite_is_not_logged(finished, tiny, call_main):
+    """Finite weights that are too large: no NaN in metrics.jsonl."""
+    tensors = mx.load(str(finished[0].runs / "tiny" / "checkpoint_1" / "model.safetensors"))
+    tensors["transformer.ln_f.weight"] *= 1e38
+    mx.save_safetensors(str(tiny.folder / "large.safetensors"), tensors)
+    outcome = call_main(tiny.config(only_eval=True, load_model_path=tiny.folder / "large.safetensors"))
+    assert outcome.status == 1
+    assert re.search(r"error: the validation loss of .*valid.json is (nan|inf)", outcome.err)
+    assert (tiny.runs / "tiny" / "metrics.jsonl").read_text() == ""
 
 
 def test_an_error_in_decoding_is_not_a_wrong_answer(tiny, call_main, monkeypatch):

@@ -14,7 +14,7 @@ import platform
 import shutil
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class TrainState:
     train_seconds: float = 0.0  # what the epoch in progress has taken so far
     metrics_bytes: int = 0  # size of metrics.jsonl at this point, and its checksum, to notice damage
     metrics_crc32: int = 0
+    accuracies: dict[str, float] = field(default_factory=dict)  # of every validated epoch, by epochs done
 
 
 def describe_run(curriculum: Curriculum, epochs_done: int, stage: int, world_size: int = 1) -> dict:
@@ -121,6 +122,20 @@ def read_metadata(path: Path | None) -> dict:
     if metadata["crc32"] != seal:
         raise Damaged(f"{path}: {METADATA} is damaged (its checksum is wrong)")
     return metadata
+
+
+def own_folder(weights: Path | None) -> Path | None:
+    """The checkpoint of ours that these weights are, or whose file they are; None for weights from elsewhere."""
+    if not weights or weights.is_dir():
+        return weights if read_metadata(weights) else None
+    return weights.parent if weights.name in read_metadata(weights.parent).get("files", {}) else None
+
+
+def trained_epoch(metadata: dict) -> int:
+    """The epoch, counted from 0, that the weights of a folder were trained in last."""
+    place = metadata.get("position", {"epoch": 0, "step": 0})
+    in_progress = place["step"] > 0 and place["epoch"] == metadata["epoch"]
+    return max(0, metadata["epoch"] - (not in_progress))
 
 
 def find_damage(path: Path, metadata: dict) -> str | None:

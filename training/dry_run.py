@@ -6,7 +6,7 @@ from itertools import groupby, islice
 import mlx.core as mx
 
 from dataset import training_batches
-from training.setup import Run, load, output_directory, print_summary
+from training.setup import Run, evaluation_line, load, print_summary, warn_of_other_thoughts
 from training.step import TrainStep, group_batches, new_optimizer
 from utils import UserError, human_size, human_time, say
 
@@ -16,12 +16,14 @@ def show_plan(config, blas: str, group) -> None:
     run, problem = None, None
     try:
         run = load(config, group)
-        print_summary(run, output_directory(config), blas)
+        print_summary(run, run.directory, blas)
     except UserError as error:
         problem = error
     group.agree(problem)
     if config.only_eval:
-        say(f"plan:  evaluate {len(run.valid):,} items once, at stage {run.curriculum.stage(config.resume)}")
+        warn_of_other_thoughts(run, run.curriculum.stage(run.config.resume))
+        say(f"plan:  evaluate {len(run.valid):,} items once")
+        say(evaluation_line(run))
         return
     n_items = config.batch_size_training * config.gradient_accumulation_steps * group.world_size
     say(f"plan:  {run.steps_per_epoch:,} optimizer steps an epoch, of {n_items} items each")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import FIELDS, Config
+from parallel.streams import n_streams
 from text.tokenizer import Tokenizer
 from training.checkpoint import METADATA, Damaged, TrainState, find_damage, read_metadata, remove_folder
 from utils import UserError, human_size, read_records, warn
@@ -21,6 +22,7 @@ FREE_KEYS = {
     "max_new_tokens", "save_only_improve", "save_interval_minutes", "keep_checkpoints", "token_cache", "only_eval",
     "debug", "grad_checkpoint",
 }  # fmt: skip
+CONTENT_KEYS = {"train_path", "val_path", "model_config_path"}  # compared by content where it was recorded
 BATCH_KEYS = {"batch_size_training", "gradient_accumulation_steps"}
 
 
@@ -39,13 +41,14 @@ class Saved:
 
     @property
     def state(self) -> TrainState:
-        """Where to resume: as recorded, or for a checkpoint the next epoch, with the best of metrics.jsonl."""
+        """Where to resume: as recorded, or for a checkpoint the next epoch, with the best of the epochs before."""
         if self.is_state:
             return TrainState(**self.metadata["position"])
-        accuracy = _accuracies(self.path.parent)
-        done = [epoch for epoch in sorted(accuracy) if epoch <= self.epochs_done and accuracy[epoch] > 0]
-        best = max(done, key=accuracy.get, default=0)
-        return TrainState(self.epochs_done, 0, accuracy.get(best, 0.0), best)
+        accuracy = _logged_accuracies(self.path.parent) | recorded_accuracies(self.metadata)
+        accuracy = {epoch: accuracy[epoch] for epoch in sorted(accuracy) if epoch <= self.epochs_done}
+        best = max((epoch for epoch in accuracy if accuracy[epoch] > 0), key=accuracy.get, default=0)
+        kept = {str(epoch): value for epoch, value in accuracy.items()}
+        return TrainState(self.epochs_done, 0, accuracy.get(best, 0.0), best, accuracies=kept)
 
     def progress(self) -> tuple:
         """Sorts what was saved by the run's progress; at equal progress a state goes before a checkpoint."""
@@ -71,20 +74,29 @@ def find_saved(run_dir: Path) -> Saved | None:
     return None
 
 
+def recorded_accuracies(metadata: dict) -> dict[int, float]:
+    """Validation accuracy by epochs done, as a saved folder holds it under its checksum; empty in old runs."""
+    found = metadata.get("accuracies") or metadata.get("position", {}).get("accuracies", {})
+    return {int(epoch): value for epoch, value in found.items()}
+
+
 def check_same_run(saved: Saved, config: Config, world_size: int = 1) -> list[str]:
     """Differences to the saved run's configuration that are harmless, as text.
 
     Raises UserError for a difference that would make it another run (method, data, model). Another number of processes
-    is allowed if each step takes the same number of items.
+    is allowed if each step takes the same number of items, and another path if check_contents finds the same behind it.
     """
     before, now = saved.metadata.get("config", {}), config.to_dict()
     if before:  # keys that were added since then had their defaults' effect
         before = {name: before.get(name, FIELDS[name].default) for name in now}
     changed = {name: (old, now[name]) for name, old in before.items() if old != now[name]}
-    free_keys, size_before = FREE_KEYS, saved.metadata.get("processes", 1)
+    free_keys = FREE_KEYS | (CONTENT_KEYS & saved.metadata.get("contents", {}).keys())
+    if "tokenizer" in saved.metadata:
+        free_keys = free_keys | {"tokenizer"}  # check_tokenizer compares the vocabularies
+    size_before = saved.metadata.get("processes", 1)
     if before and size_before != world_size:
         _check_items_per_step(saved, (before, size_before), (now, world_size))
-        free_keys = FREE_KEYS | BATCH_KEYS | {"processes"}
+        free_keys = free_keys | BATCH_KEYS | {"processes"}
         changed["processes"] = size_before, world_size
     fatal = [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in changed.items() if name not in free_keys]
     if fatal:
@@ -93,7 +105,31 @@ def check_same_run(saved: Saved, config: Config, world_size: int = 1) -> list[st
             f"{saved.path}: belongs to a run with another configuration\n{listed}\nGive the new run another `name`"
         )
     noted = {name: values for name, values in changed.items() if name not in ("save_path", "name", "resume")}
-    return [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in noted.items()]
+    return [f"{name}: was {old!r}, is {new!r}" for name, (old, new) in noted.items()] + _check_streams(saved)
+
+
+def check_contents(saved: Saved, contents: dict[str, str], config: Config) -> None:
+    """Raise UserError where a file of the run holds something else than when the state was saved.
+
+    contents: digests by key (setup.content_digests). Old runs have not recorded theirs.
+    """
+    before = saved.metadata.get("contents", {})
+    changed = [name for name in contents if before.get(name, contents[name]) != contents[name]]
+    if changed:
+        listed = "\n".join(f"  - {name}: {getattr(config, name)} holds something else now" for name in changed)
+        raise UserError(
+            f"{saved.path}: belongs to a run with other data\n{listed}\nBring the old content back, or give the new "
+            f"run another `name` (with `load_model_path: {saved.path}` it starts from these weights)"
+        )
+
+
+def _check_streams(saved: Saved) -> list[str]:
+    """A note where another number of CPU streams draws other dropout masks than before."""
+    before = saved.metadata.get("streams", n_streams())
+    if before == n_streams():
+        return []
+    note = f"streams: was {before}, is {n_streams()}; dropout and so the losses differ from those of a run that was not"
+    return [f"{note} stopped (COCONUT_STREAMS={before} keeps them)"]
 
 
 def _check_items_per_step(saved: Saved, before: tuple[dict, int], now: tuple[dict, int]) -> None:
@@ -144,12 +180,16 @@ def best_checkpoint(run_dir: Path) -> Path:
     """The checkpoint of a run directory with the best validation accuracy, among those of its last stage.
 
     Earlier stages answer with other numbers of thoughts, so their accuracy says nothing about the trained method.
-    Stages past max_latent_stage count as one: the prompts are the same. Without metrics.jsonl, the newest.
+    Stages past max_latent_stage count as one: the prompts are the same. The accuracies are those in the saved folders,
+    which have checksums; for epochs that these do not hold (old runs), those in metrics.jsonl. Without any, the newest.
     """
-    found = [s for s in _candidates(run_dir, []) if s.metadata and not s.is_state]
+    saved = sorted(_candidates(run_dir, []), key=Saved.progress)
+    found = [s for s in saved if s.metadata and not s.is_state]
     if not found:
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it first, or name a checkpoint")
-    accuracy = _accuracies(run_dir)
+    accuracy = _logged_accuracies(run_dir)
+    for one in saved:
+        accuracy |= recorded_accuracies(one.metadata)
 
     def rank(s: Saved) -> tuple[int, float, int]:
         stage = merged_stage(s.metadata["stage"], s.metadata["config"])
@@ -258,8 +298,8 @@ def merged_stage(stage: int, keys: dict) -> int:
     return min(stage, keys["max_latent_stage"] + 1)
 
 
-def _accuracies(run_dir: Path) -> dict[int, float]:
-    """Validation accuracy by epochs done; empty without metrics."""
+def _logged_accuracies(run_dir: Path) -> dict[int, float]:
+    """Validation accuracy by epochs done, as metrics.jsonl has it; empty without that file."""
     path = run_dir / "metrics.jsonl"
     records = read_records(path) if path.is_file() else []
     return {r["epoch"]: r["eval/acc"] for r in records if "eval/acc" in r and "epoch" in r}

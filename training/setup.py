@@ -1,21 +1,24 @@
 """A run, loaded and checked before anything is written."""
 
+import hashlib
 import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
 from coconut import Coconut
-from config import Config
+from config import FIELDS, Config
 from dataset import Curriculum, Data, count_batches, warn_of_shared_questions
+from methods import METHOD_KEYS
 from models.loading import Source, find_source, load_gpt2
 from parallel.distributed import ALONE, Group, parameter_digest
 from parallel.streams import n_streams, on_gpu
 from text.tokenizer import load_tokenizer
 from training import resume
-from training.checkpoint import describe_run, read_metadata
+from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
 from utils import UserError, say, warn, write_text
 
 
@@ -30,7 +33,13 @@ class Run:
     train: Data | None
     valid: Data
     saved: resume.Saved | None  # what the run directory holds already
+    contents: dict[str, str] = field(default_factory=dict)  # content_digests
     group: Group = ALONE
+
+    @property
+    def directory(self) -> Path:
+        """The folder that metrics, predictions and pictures go to; checkpoints go to config.run_dir."""
+        return output_directory(self.config)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,10 +54,11 @@ class Run:
 
     def metadata(self, epochs_done: int, stage: int) -> dict:
         """What a checkpoint written now says about itself."""
-        return describe_run(self.curriculum, epochs_done, stage, self.group.world_size)
+        facts = describe_run(self.curriculum, epochs_done, stage, self.group.world_size)
+        return facts | {"contents": self.contents, "streams": n_streams()}
 
 
-def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> tuple[Run, Path]:
+def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
     """Load everything on every rank; then rank 0 makes the run directory and holds it while the stack is open.
 
     blas: the name of the BLAS in use, for the summary. Raises UserError, on all ranks together, for any mistake.
@@ -70,8 +80,8 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> tuple[
     if group.is_main:
         resume.clean(directory)
         if not config.only_eval:
-            write_text(directory / "config.yaml", config.to_yaml())
-    return run, directory
+            write_text(directory / "config.yaml", run.config.to_yaml())
+    return run
 
 
 def _remove_unused(made: list[Path]) -> None:
@@ -83,10 +93,12 @@ def _remove_unused(made: list[Path]) -> None:
 
 
 def output_directory(config: Config) -> Path:
-    """save_path/name; an evaluation under the name of a training run writes into only_eval/ inside it."""
+    """save_path/name; in it debug/ with `debug`, and only_eval/ for an evaluation under the name of a training run."""
     for folder in (config.run_dir, *config.run_dir.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
+    if config.debug:
+        return config.run_dir / "debug"
     if config.only_eval and config.run_dir.is_dir() and resume.holds_training(config.run_dir):
         return config.run_dir / "only_eval"
     return config.run_dir
@@ -94,17 +106,20 @@ def output_directory(config: Config) -> Path:
 
 def load(config: Config, group: Group = ALONE) -> Run:
     """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
-    saved = resume.find_saved(config.run_dir) if config.run_dir.is_dir() and not config.only_eval else None
+    saved = _find_saved(config)
     source = find_source(config, saved.path if saved else _best_of_named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)
     if saved:
         for note in resume.check_same_run(saved, config, group.world_size):
             say(f"note: changed since the last start: {note}")
-    if source.weights and source.weights.is_dir():
+        # The epochs that the first start skipped: later warm-up steps are counted from there.
+        config = replace(config, resume=saved.metadata.get("config", {}).get("resume", config.resume))
+    if folder := own_folder(source.weights):
         if not saved:
-            resume.check_intact(source.weights)
-            resume.check_form(source.weights, config)
-        resume.check_tokenizer(source.weights, tokenizer)
+            resume.check_intact(folder)
+            resume.check_form(folder, config)
+        resume.check_tokenizer(folder, tokenizer)
+        config = as_trained(config, folder)
     curriculum, n_positions = Curriculum(config, tokenizer), source.gpt2.n_positions
     valid = Data(config.val_path, curriculum, n_positions, debug_limit=32)
     train = None
@@ -112,9 +127,35 @@ def load(config: Config, group: Group = ALONE) -> Run:
         train = Data(config.train_path, curriculum, n_positions, debug_limit=5000, keep_texts=False)
         warn_of_shared_questions(train, valid)
         curriculum.limit_removal(train.tokens)
+    contents = content_digests(config, train, valid)
+    if saved:
+        resume.check_contents(saved, contents, config)
     transformer = load_gpt2(source, config, tokenizer)
     transformer.grad_checkpoint = config.grad_checkpoint
-    return Run(config, source, curriculum, Coconut(transformer), train, valid, saved, group)
+    return Run(config, source, curriculum, Coconut(transformer), train, valid, saved, contents, group)
+
+
+def _find_saved(config: Config) -> resume.Saved | None:
+    """What to resume from; an evaluation and a debug run are runs of their own."""
+    if config.only_eval or config.debug or not config.run_dir.is_dir():
+        return None
+    return resume.find_saved(config.run_dir)
+
+
+def content_digests(config: Config, train: Data | None, valid: Data) -> dict[str, str]:
+    """SHA-256 of what the keys name: of tokens for data, so that neither a path nor the form of a file matters."""
+    found = {name: _digest_of(data) for name, data in (("train_path", train), ("val_path", valid)) if data}
+    path = Path(config.model_config_path or "")
+    if config.model_config_path and path.is_file():
+        found["model_config_path"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _digest_of(data: Data) -> str:
+    """Items that were left out as too long count too: which ones that are may change with num_epochs."""
+    digest = hashlib.sha256(data.tokens.starts)
+    digest.update(data.tokens.tokens)
+    return digest.hexdigest()
 
 
 def check_ranks(run: Run) -> None:
@@ -122,11 +163,11 @@ def check_ranks(run: Run) -> None:
     if run.group.world_size == 1:
         return
     place = (run.saved.metadata.get("position") if run.saved else None, run.first_epoch)
-    datasets = {"training data": run.train, "validation data": run.valid}
+    data = {"training data": run.contents.get("train_path", ""), "validation data": run.contents["val_path"]}
     facts = {
         "configuration": zlib.crc32(run.config.to_yaml().encode()),
         "vocabulary": zlib.crc32(run.curriculum.tokenizer.fingerprint.encode()),
-        **{name: zlib.crc32(data.tokens.tokens) if data else 0 for name, data in datasets.items()},
+        **{name: zlib.crc32(digest.encode()) for name, digest in data.items()},
         "place in the run": zlib.crc32(repr(place).encode()),
         "parameters": parameter_digest(run.model.parameters()),
     }
@@ -154,15 +195,78 @@ def print_summary(run: Run, directory: Path, blas: str) -> None:
         warn("bf16 is many times slower on CPU; float32 is used")
 
 
-def warn_of_other_stage(run: Run, stage: int) -> None:
-    """Warn where a checkpoint is evaluated at another stage than it was trained at."""
-    trained_at = read_metadata(run.source.weights).get("stage", stage)
-    most = run.config.max_latent_stage
+def thoughts_of(values: Mapping) -> dict:
+    """The keys of a configuration that decide what a trained model thinks, and their values.
+
+    An evaluation compares its own with those in the checkpoint's metadata; a new key that changes thoughts belongs
+    here. values: key -> value; a key that an old checkpoint does not have counts as its default.
+    """
+    method = next(name for name in METHOD_KEYS if values.get(name))
+    keys = ("c_thought", "max_latent_stage", "pad_latent_to_max") if method == "coconut" else ()
+    return {"method": method} | {name: values.get(name, FIELDS[name].default) for name in keys}
+
+
+def as_trained(config: Config, folder: Path) -> Config:
+    """The configuration of an evaluation, with the stage and thoughts that the checkpoint was trained with.
+
+    Where `resume` is given, as in the official files, the configuration decides, and warn_of_other_thoughts compares.
+    """
+    if not config.only_eval or config.resume_given:
+        return config
+    metadata = read_metadata(folder)
+    trained = metadata["config"]
+    for name, value in thoughts_of(trained).items():
+        own = thoughts_of(config.to_dict()).get(name, value)
+        if own != value:
+            say(f"note: {name}: {value}, as {folder} was trained, not {own}; with `resume` given, yours would count")
+    keys = (
+        *METHOD_KEYS,
+        *thoughts_of(trained),
+        "curriculum",
+        "epochs_per_stage",
+        "tokens_per_epoch",
+        "uniform_prob",
+        "seed",
+    )
+    taken = {name: trained.get(name, FIELDS[name].default) for name in keys if name in FIELDS}
+    return replace(config, resume=trained_epoch(metadata), **taken)
+
+
+def evaluated_epochs(run: Run) -> int:
+    """The number in the names of an evaluation's files (see trainer.evaluate_once)."""
+    folder = own_folder(run.source.weights)
+    return run.config.resume if run.config.resume_given or not folder else read_metadata(folder)["epoch"]
+
+
+def about_evaluation(run: Run) -> dict:
+    """What an evaluation is about, for each of its records: checkpoint, data, stage and thoughts."""
+    facts = {"checkpoint": str(run.source), "data": run.config.val_path, "data_sha256": run.contents["val_path"]}
+    return facts | {"stage": run.curriculum.stage(run.config.resume)} | thoughts_of(run.config.to_dict())
+
+
+def evaluation_line(run: Run) -> str:
+    """What is evaluated, at which stage and with which thoughts, and what decides that."""
+    about = about_evaluation(run)
+    facts = ", ".join(f"{name} {about[name]}" for name in about if name not in ("checkpoint", "data", "data_sha256"))
+    is_own = own_folder(run.source.weights) and not run.config.resume_given
+    why = "as the checkpoint was trained" if is_own else f"as the configuration says (resume: {run.config.resume})"
+    return f"eval:  {facts}; {why}"
+
+
+def warn_of_other_thoughts(run: Run, stage: int) -> None:
+    """Warn where a checkpoint is evaluated with another stage or other thoughts than it was trained with."""
+    metadata, weights = read_metadata(own_folder(run.source.weights)), run.source.weights
+    if not metadata:
+        return
+    trained_at, most = metadata["stage"], run.config.max_latent_stage
     if min(trained_at, most) != min(stage, most):
         warn(
-            f"{run.source.weights} was trained at stage {trained_at}; `resume: {run.config.resume}` evaluates it at "
-            f"stage {stage}"
+            f"{weights} was trained at stage {trained_at}; `resume: {run.config.resume}` evaluates it at stage {stage}"
         )
+    trained, own = thoughts_of(metadata["config"]), thoughts_of(run.config.to_dict())
+    for name in trained.keys() & own.keys():
+        if trained[name] != own[name]:
+            warn(f"{weights} was trained with {name}: {trained[name]}; this evaluation uses {name}: {own[name]}")
 
 
 def _best_of_named_run(config: Config) -> Path | None:

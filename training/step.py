@@ -72,9 +72,8 @@ class TrainStep:
         n_tokens = sum(float(c.batch.attention_mask.sum()) for chunks in micro_batches for c in chunks if c.loss_weight)
         loss, n_tokens = self.group.all_gather(np.array([loss, n_tokens])).sum(axis=0).tolist()
         if not math.isfinite(loss):
-            place = f"the loss is {loss} in epoch {epoch + 1}, step {number}"
-            remedy = "training stopped, checkpoints are untouched. A lower learning rate (lr) is the usual remedy"
-            self.group.agree(RunError(f"{place}: {remedy}"))  # all ranks come here, one prints it
+            problem = diverged(f"the loss is {loss} in epoch {epoch + 1}, step {number}")
+            self.group.agree(problem)  # all ranks come here, one prints it
         gradient = self.group.all_sum(gradient)
         norm = gradient_norm(gradient)
         if self.config.max_grad_norm is not None:
@@ -103,6 +102,19 @@ class TrainStep:
             mx.eval(loss, total)
             losses.append(loss.item())
         return sum(losses) / len(losses), total
+
+
+def diverged(what: str) -> RunError:
+    """The error for numbers that are not finite; they are neither saved nor logged."""
+    return RunError(
+        f"{what}. Training stopped, and what was saved before is intact: the same command with a lower learning rate "
+        "(the key lr) resumes from there"
+    )
+
+
+def is_finite(tree) -> bool:
+    """Whether all numbers of a tree of arrays are finite."""
+    return mx.stack([mx.isfinite(array).all() for _, array in tree_flatten(tree)]).all().item()
 
 
 def gradient_norm(gradient) -> mx.array:

@@ -1,11 +1,13 @@
 """The training loop: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
 
+import itertools
+import math
 import time
 from pathlib import Path
 
 import mlx.core as mx
 
-from dataset import describe_batch, training_batches
+from dataset import describe_batch, loss_batches, training_batches
 from models.precision import compute_dtype, computing_in
 from parallel.distributed import parameter_digest
 from training import checkpoint, resume
@@ -13,9 +15,21 @@ from training.checkpoint import TrainState
 from training.curves import keep_curves
 from training.evaluation import Evaluation, Evaluator
 from training.metrics import MetricLog, NoMetrics, start_wandb
-from training.setup import Run, warn_of_other_stage
-from training.step import StepResult, TrainStep, group_batches, new_optimizer
-from utils import Progress, Stopped, StopSignals, human_size, human_time, say, warn, write_json_lines, write_text
+from training.setup import Run, about_evaluation, evaluated_epochs, evaluation_line, warn_of_other_thoughts
+from training.step import StepResult, TrainStep, diverged, group_batches, is_finite, new_optimizer
+from utils import (
+    Progress,
+    RunError,
+    Stopped,
+    StopSignals,
+    human_size,
+    human_time,
+    read_records,
+    say,
+    warn,
+    write_json_lines,
+    write_text,
+)
 
 REDRAW_SECONDS = 30  # between two drawings of curves.png; the last one is always drawn
 
@@ -50,14 +64,14 @@ class Trainer:
             self._check_parameters()
             self._save_checkpoint()
             self._stop_if_asked()
-            result = evaluate(self.run, self.metrics, self.config.run_dir, self.state, self.stop)
+            result = evaluate(self.run, self.metrics, self.state, self.state.epoch + 1, self.stop)
             self._finish_epoch(result.accuracy)
             self._say_outlook(time.monotonic() - started)
             self._draw_now_and_then()
             self._stop_if_asked()
         if self.group.is_main:
-            keep_curves(self.config.run_dir)
-        say(f"done: {self.config.run_dir}")
+            keep_curves(self.run.directory)
+        say(f"done: {self.run.directory}")
 
     def train_epoch(self) -> None:
         """Train from state.step to the end of the epoch; save the state there and whenever it is due before."""
@@ -146,14 +160,31 @@ class Trainer:
         is_due = time.monotonic() - self.last_save >= 60 * self.config.save_interval_minutes
         signal = self.group.any_signal(self.stop.requested)
         if (is_last or is_due or signal) and self.writes:
+            self._check_finite()
             self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
-            metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
+            metadata = self._metadata(self.state.epoch + is_last, self.stage)
             self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
             resume.keep_only_state(self.state_folder)
             self.last_save = time.monotonic()
         if signal:
             self.group.barrier()  # the first rank to exit ends the others
             raise Stopped(signal)
+
+    def _check_finite(self) -> None:
+        """Raise RunError where the weights are of no use, before they replace the last good state.
+
+        The loss of a step is that before its update, so what the last update did shows only here. Finite weights can
+        be so large that the loss is not: it is computed on the first validation batch.
+        """
+        place = f"after epoch {self.state.epoch + 1}, step {self.state.step - 1}"
+        if not is_finite([self.run.model.parameters(), self.optimizer.state]):
+            raise diverged(f"the weights or the optimizer's moments are not finite {place}")
+        batch = next(loss_batches(self.run.valid.tokens, self.curriculum, self.state.epoch))
+        self.run.model.eval()
+        with computing_in(self.run.model, compute_dtype(self.config.bf16)):
+            loss = self.run.model(batch.to_mlx()).item()
+        if not math.isfinite(loss):
+            raise diverged(f"the validation loss is {loss} {place}")
 
     def _stop_if_asked(self) -> None:
         if signal := self.group.any_signal(self.stop.requested):
@@ -163,7 +194,7 @@ class Trainer:
         """Write the epoch's first micro-batch, token by token with its labels, to first_batch.txt and wandb."""
         chunks = next(training_batches(self.run.train.tokens, self.curriculum, self.state.epoch))
         text = describe_batch([chunk.batch for chunk in chunks], self.curriculum.tokenizer)
-        write_text(self.config.run_dir / "first_batch.txt", text)
+        write_text(self.run.directory / "first_batch.txt", text)
         self.metrics.log_text("data_table", self.state.epoch * self.run.steps_per_epoch, text)
 
     def _check_parameters(self) -> None:
@@ -172,20 +203,25 @@ class Trainer:
             self.group.check_equal({"parameters": parameter_digest(self.run.model.parameters())}, when)
             say(f"{when} the parameters are the same bits in all {self.group.world_size} ranks")
 
+    def _metadata(self, epochs_done: int, stage: int) -> dict:
+        """With the accuracies so far: which checkpoint is the best is told by them, under a checksum."""
+        return self.run.metadata(epochs_done, stage) | {"accuracies": self.state.accuracies}
+
     def _save_checkpoint(self) -> None:
         """checkpoint_{epoch + 1} of a trained epoch, before it is validated (official run.py)."""
         if self.writes and not self.config.save_only_improve:
-            metadata = self.run.metadata(self.state.epoch + 1, self.stage)
+            metadata = self._metadata(self.state.epoch + 1, self.stage)
             say(f"saved {checkpoint.save_checkpoint(self.run.model, metadata)}")
 
     def _finish_epoch(self, accuracy: float) -> None:
         """Keep the best, move on to the next epoch, and record that in the saved state."""
         state, stage, epochs_done = self.state, self.stage, self.state.epoch + 1
+        state.accuracies[str(epochs_done)] = accuracy
         removed = self.config.method.drops_steps != "by token" or stage == self.curriculum.last_removal
         if removed and accuracy > state.best_accuracy:  # iCoT's best is one without a written chain (arXiv 2405.14838)
             state.best_accuracy, state.best_epoch = accuracy, epochs_done
             if self.writes and self.config.save_only_improve:
-                path = checkpoint.save_checkpoint(self.run.model, self.run.metadata(epochs_done, stage))
+                path = checkpoint.save_checkpoint(self.run.model, self._metadata(epochs_done, stage))
                 say(f"saved {path}, the best so far")
         state.epoch, state.step, state.train_seconds = epochs_done, 0, 0.0
         if self.writes:
@@ -202,7 +238,7 @@ class Trainer:
 
     def _draw_now_and_then(self) -> None:
         if self.group.is_main and time.monotonic() - self.last_drawing > REDRAW_SECONDS:
-            keep_curves(self.config.run_dir)
+            keep_curves(self.run.directory)
             self.last_drawing = time.monotonic()
 
 
@@ -210,40 +246,61 @@ def train(run: Run) -> None:
     """Train a run to its end, with metrics and signals."""
     metrics = NoMetrics()
     if run.group.is_main:
-        metrics = MetricLog(run.config.run_dir / "metrics.jsonl", start_wandb(run.config))
+        metrics = MetricLog(run.directory / "metrics.jsonl", start_wandb(run.config))
     with metrics, StopSignals() as stop:
         Trainer(run, metrics, stop).train()
 
 
-def evaluate_once(run: Run, directory: Path) -> None:
-    """Evaluate at the stage that `resume` gives, and write metrics.jsonl and predictions_{resume}.jsonl."""
-    warn_of_other_stage(run, run.curriculum.stage(run.config.resume))
-    metrics = MetricLog(directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
+def evaluate_once(run: Run) -> None:
+    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl and predictions_N.jsonl.
+
+    N is `resume`, as in the official code, or the number of epochs that the checkpoint was trained for.
+    """
+    config = run.config
+    warn_of_other_thoughts(run, run.curriculum.stage(config.resume))
+    say(evaluation_line(run))
+    metrics = MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
     with metrics, StopSignals() as stop:
-        evaluate(run, metrics, directory, TrainState(epoch=run.config.resume), stop)
+        evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), stop)
 
 
 def evaluate(
-    run: Run, metrics: MetricLog | NoMetrics, directory: Path, state: TrainState, stop: StopSignals
+    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, stop: StopSignals
 ) -> Evaluation:
     """Validation loss and greedy accuracy at the stage of the state's epoch: printed, logged, written as predictions.
 
     Several ranks stop only behind it: one that left would leave the others waiting.
     """
     epoch, stage = state.epoch, run.curriculum.stage(state.epoch)
-    epochs_done = epoch if run.config.only_eval else epoch + 1
+    about = about_evaluation(run) if run.config.only_eval else {}
     checked = stop.checked if run.group.world_size == 1 else iter
     evaluator = Evaluator(run.model, run.valid, run.curriculum, run.group, checked)
     with computing_in(run.model, compute_dtype(run.config.bf16)):
-        loss, result = evaluator.loss(epoch), evaluator.answers(stage)
+        loss = evaluator.loss(epoch)
+        if not math.isfinite(loss):  # on all ranks
+            run.group.agree(RunError(f"the validation loss of {run.valid.path} is {loss}; nothing was logged"))
+        result = evaluator.answers(stage)
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     say("\n".join(result.samples()))
     if run.group.is_main:
-        write_json_lines(directory / f"predictions_{epochs_done}.jsonl", result.predictions)
+        path = predictions_path(run.directory, epochs_done, about)
+        write_json_lines(path, [about | prediction for prediction in result.predictions])
     metrics.log({
         "eval/loss": loss, "eval/acc": result.accuracy, "eval/cot_em": result.cot_match,
         "eval/n_tokens": result.mean_tokens, "eval/seconds_per_example": result.seconds_per_example,
         "train/seconds": state.train_seconds, "acc_interval": result.interval(),
-        "epoch": epochs_done, "stage": stage,
+        "epoch": epochs_done, "stage": stage, **about,
     })  # fmt: skip
     return result
+
+
+def predictions_path(directory: Path, epochs_done: int, about: dict) -> Path:
+    """predictions_{epochs_done}.jsonl; another name where that file is about other data or another checkpoint."""
+    names = (f"predictions_{epochs_done}{f'_{n}' if n > 1 else ''}.jsonl" for n in itertools.count(1))
+    return next(directory / name for name in names if _is_free(directory / name, about))
+
+
+def _is_free(path: Path, about: dict) -> bool:
+    """Whether a file of predictions is not there yet, or is about the same evaluation."""
+    first = next(iter(read_records(path)), {}) if path.is_file() else about
+    return about == {name: first.get(name) for name in about}
