@@ -347,3 +347,52 @@ def test_paths_are_expanded(load, monkeypatch):
     monkeypatch.setenv("RUNS", "/scratch")
     config = load(SMALL, "save_path=$RUNS/x", "val_path=~/valid.json", "name=~me")
     assert (config.save_path, config.val_path, config.name) == ("/scratch/x", "/home/me/valid.json", "~me")
+
+
+@pytest.mark.parametrize(("key", "thought", "curriculum", "row"), [
+    ("coconut", "hidden", "steps", "coconut"), ("coconut", "hidden", "none", "no_curriculum"),
+    ("coconut", "pause", "steps", "pause_as_thought"), ("coconut", "pause", "none", "pause_token"),
+    ("no_thoughts", "hidden", "steps", "no_thoughts"), ("no_thoughts", "hidden", "tokens", "icot"),
+    ("no_thoughts", "hidden", "none", "no_thoughts_no_curriculum"), ("cot", "hidden", "steps", "cot"),
+    ("no_cot", "hidden", "steps", "no_cot"),
+])  # fmt: skip
+def test_three_keys_select_a_row_of_table_1(load, key, thought, curriculum, row):
+    config = load(SMALL, "coconut=False", "cot=False", f"{key}=True", f"thought={thought}", f"curriculum={curriculum}")
+    assert config.method.name == row
+
+
+@pytest.mark.parametrize(("key", "thought", "curriculum"), [
+    ("cot", "pause", "steps"), ("no_cot", "pause", "none"), ("no_thoughts", "pause", "steps"),
+    ("cot", "hidden", "tokens"), ("no_cot", "hidden", "none"), ("coconut", "hidden", "tokens"),
+    ("coconut", "pause", "tokens"),
+])  # fmt: skip
+def test_combinations_that_are_no_method_are_refused(load, key, thought, curriculum):
+    keys = ["coconut=False", "cot=False", f"{key}=True", f"thought={thought}", f"curriculum={curriculum}"]
+    [problem] = problems_of(load, SMALL, *keys)
+    assert problem.startswith(
+        f"thought, curriculum: no method is {key} with thought `{thought}` and curriculum `{curriculum}`; there is `"
+    )
+
+
+def test_all_senseless_keys_of_a_curriculum_are_named_at_once(load):
+    keys = ["coconut=False", "cot=True", "thought=pause", "curriculum=none", "uniform_prob=0.3", "tokens_per_epoch=2"]
+    found = problems_of(load, SMALL, *keys, "remove_all_from=7", "removal_smoothing=None")
+    assert [problem.split(":")[0] for problem in found] == [
+        "uniform_prob", "tokens_per_epoch", "remove_all_from", "removal_smoothing", "thought, curriculum",
+    ]  # fmt: skip
+    keys = ["cot=False", "no_thoughts=True", "curriculum=tokens", "tokens_per_epoch=0"]
+    found = problems_of(load, SMALL, *keys)
+    assert found == ["tokens_per_epoch, removal_smoothing: expected more than 0"]
+    assert "thought: expected `hidden` or `pause`, found 'hiden' (str)" in problems_of(load, SMALL, "thought=hiden")
+
+
+def test_a_resolved_configuration_of_any_row_loads_again(load):
+    """config.yaml holds every key, also those that only iCoT has."""
+    rows = (
+        ["coconut=True", "curriculum=none"],
+        ["coconut=True", "thought=pause"],
+        ["no_thoughts=True", "curriculum=tokens"],
+    )
+    for keys in rows:
+        config = load(SMALL, "cot=False", *keys)
+        assert load(config.to_yaml()) == config
