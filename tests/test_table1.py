@@ -174,6 +174,27 @@ def test_from_remove_all_on_nothing_is_left_of_longer_chains(due, left):
     assert left == 0 or min(lengths) < max(lengths)  # some lose more
 
 
+def test_every_step_removes_what_is_due_at_it():
+    """Six items in steps of two: 0, then 4, then 8 tokens of each chain, in the shuffled order of the epoch."""
+    data = tokenize([Example("q" * (i + 1), ["x" * 30], "a") for i in range(6)], TOKENIZER, "test")
+    keys = {"batch_size_training": 1, "gradient_accumulation_steps": 2, "removal_smoothing": None}
+    curriculum = icot(tokens_per_epoch=12, **keys)
+    full = {len(example.question): len(curriculum.training(example, 0).ids) for example in (data[i] for i in range(6))}
+    removed = []
+    for [chunk] in training_batches(data, curriculum, 0):
+        ids = chunk.batch.input_ids[0, chunk.batch.attention_mask[0]]
+        removed.append(full[int((ids == ord("q")).sum()) + 1] - len(ids))
+    assert removed == [0, 0, 4, 4, 8, 8]
+
+
+def test_validation_items_longer_than_any_in_training_lose_the_whole_chain_too():
+    long, no_cot = tokenize([Example("q", ["x" * 90], "a")], TOKENIZER, "test"), curriculum_of("no_cot")
+    for curriculum in (icot(tokens_per_epoch=50), icot(tokens_per_epoch=50, remove_all_from=40)):
+        curriculum.limit_removal(tokens_of())
+        one, other = ([batch.input_ids for batch in loss_batches(long, c, 3)] for c in (curriculum, no_cot))
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_the_tokens_of_whole_steps_are_coconut_without_thoughts_at_that_stage():
     data, curriculum, steps = tokens_of(), icot(removal_smoothing=None), curriculum_of("no_thoughts")
     for index, n_dropped in product(range(len(data)), range(4)):
