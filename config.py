@@ -314,6 +314,9 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(("YOUR_PATH", "PATH_TO")):
             problems.append(f"{name}: still the placeholder {value!r}; put your own path there")
+    name = values.get("name") or "run"
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", "..") or "\0" in name:
+        problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
     chosen = [method for method in METHODS if values.get(method)]
     if len(chosen) != 1:
         found = " and ".join(chosen) if chosen else "none"
