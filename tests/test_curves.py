@@ -1,10 +1,15 @@
 """Pictures of runs: what they show, and the messages for bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from scripts.plot import main
+from training import curves
 from training.curves import make_figure, read_curves
 
 
@@ -102,6 +107,40 @@ def test_the_legend_tells_the_runs_apart_and_covers_nothing(tmp_path, monkeypatc
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
     assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("environment", [
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, {"MPLBACKEND": "no such backend"},
+    {"MPLBACKEND": "tkagg", "DISPLAY": ""}, {"rc": "text.usetex: True"}, {"rc": "font.family: no such font"},
+    {"rc": "backend: qtagg"}, {"rc": "figure.dpi: many\nno colon\nno.such: key"},
+])  # fmt: skip
+def test_the_users_matplotlib_settings_have_no_part_in_a_picture(environment, tmp_path):
+    """In a process of its own, since matplotlib reads them when it is imported."""
+    logged(tmp_path / "run", [0, 1])
+    (tmp_path / "matplotlibrc").write_text(environment.pop("rc", ""))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-m", "scripts.plot", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "run/curves.png\n"), done.stderr
+    assert "Error" not in done.stderr and (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no fonts"), ValueError("bad"), KeyError("x"), OSError("full")])
+def test_whatever_drawing_raises_is_one_warning(error, tmp_path, monkeypatch, capsys):
+    """A run goes on without its picture; scripts.plot has nothing else to do and says so."""
+
+    def fail(*_):
+        raise error
+
+    logged(tmp_path / "run", [0, 1])
+    monkeypatch.setattr(curves, "make_figure", fail)
+    monkeypatch.setattr(curves, "_warned", False)
+    for _ in range(2):
+        curves.keep_curves(tmp_path / "run")
+    assert capsys.readouterr().err.count("warning: curves.png is not drawn: ") == 1
+    assert main([str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl"}
 
 
 BAD = {

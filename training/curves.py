@@ -2,9 +2,12 @@
 
 import logging
 import math
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
@@ -87,11 +90,32 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
 def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
     """Write the picture of one or several runs; the suffix of `path` (FORMATS) selects the format.
 
-    Raises UserError if matplotlib is not installed, and OSError if the file cannot be written.
+    Raises UserError if matplotlib is not installed or fails, and OSError if the file cannot be written.
     """
-    figure = make_figure(runs, title)
-    with replacing(path) as temporary:
+    with _matplotlib_of_our_own(), replacing(path) as temporary:
+        figure = make_figure(runs, title)
         figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=None if path.suffix == ".png" else {})
+
+
+@contextmanager
+def _matplotlib_of_our_own():
+    """matplotlib with its own defaults: without the user's backend (MPLBACKEND) and settings (matplotlibrc).
+
+    Everything else that it raises (a matplotlibrc that is not text, no fonts) becomes UserError.
+    """
+    try:
+        with patch.dict(os.environ):
+            os.environ.pop("MPLBACKEND", None)  # the import fails where it names no backend
+            import matplotlib
+        defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name}
+        with matplotlib.rc_context(defaults):
+            yield
+    except (UserError, OSError):
+        raise
+    except ImportError as error:
+        raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
+    except Exception as error:
+        raise UserError(f"matplotlib failed ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
 def make_figure(runs: list[Curves], title: str | None = None):
