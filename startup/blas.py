@@ -175,15 +175,28 @@ def _load_from_wheel() -> None:
     file_name = _file_name(wheel.version, original.stat().st_size)
     with contextlib.suppress(OSError, RuntimeError):  # not writable, or mounted noexec; RuntimeError: no home directory
         copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", file_name)
-        with contextlib.suppress(OSError):  # not yet made, incomplete or damaged
+        if _is_private(copy.parent):
+            with contextlib.suppress(OSError):  # not yet made, incomplete or damaged
+                _load_copy(copy)
+                return
+            _make_copy(original, copy)
             _load_copy(copy)
             return
-        _make_copy(original, copy)
-        _load_copy(copy)
-        return
     with tempfile.TemporaryDirectory(prefix="coconut-mlx-") as folder:  # a loaded library no longer needs its file
         _make_copy(original, Path(folder, file_name))
         _load_copy(Path(folder, file_name))
+
+
+def _is_private(folder: Path) -> bool:
+    """Make the folder, and tell whether nobody else can put a library into it; if somebody can, warn."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return True
+    reason = "belongs to another user" if found.st_uid != os.geteuid() else "is writable by others"
+    remedy = "set XDG_CACHE_HOME to a folder of yours" if found.st_uid != os.geteuid() else f"chmod go-w {folder}"
+    print(f"WARNING: {folder} {reason}: no library is loaded from it, which costs time; {remedy}", file=sys.stderr)
+    return False
 
 
 def _load_any() -> None:

@@ -187,6 +187,31 @@ def test_without_a_writable_cache_a_temporary_copy_is_loaded(cache, tmp_path):
     assert OURS in out and not err and not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.parametrize("mode, n_warnings", [(0o777, 1), (0o770, 1), (0o755, 0), (0o700, 0)])
+def test_no_library_is_loaded_from_a_folder_that_others_can_write_to(cache, copy, tmp_path, mode, n_warnings):
+    """Somebody else's library would run as this user; a temporary copy is used."""
+    folder = tmp_path / "coconut-mlx"
+    folder.mkdir()
+    folder.chmod(mode)
+    planted = folder / copy.name
+    planted.write_bytes(copy.read_bytes())
+    out, err = run(IMPORT + "print(open('/proc/self/maps').read())\n", tmp_path)
+    assert OURS in out
+    assert err.count("\n") == n_warnings and err.count(f"chmod go-w {folder}") == n_warnings
+    assert (str(planted) in out) == (not n_warnings)
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert not blas._is_private(tmp_path)
+    assert "belongs to another user" in capsys.readouterr().err
+
+
+def test_the_cache_folder_is_private_from_the_beginning(tmp_path):
+    assert blas._is_private(tmp_path / "new" / "coconut-mlx")
+    assert (tmp_path / "new" / "coconut-mlx").stat().st_mode & 0o777 == 0o700
+
+
 def test_import_after_mlx_warns(cache):
     out, err = run("import mlx.core\n" + IMPORT, cache)
     assert out == "MLX's own BLAS\n" and err.count("\n") == 1 and "mlx was imported before startup.blas" in err
