@@ -111,7 +111,9 @@ def describe_duplicates(examples: list[Example]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status: 0, or 2 for data that run.py would reject."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.describe_data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.describe_data", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("file", help="a file, folder or Hub data set, as for train_path and val_path")
     parser.add_argument("--tokenizer", help="vocabulary, as the config key; default GPT-2's")
     parser.add_argument("--n-positions", type=int, default=1024, help="the model's positions (default 1024, GPT-2's)")

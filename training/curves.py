@@ -115,7 +115,7 @@ def _matplotlib_of_our_own():
     except ImportError as error:
         raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
     except Exception as error:
-        raise UserError(f"matplotlib failed ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        raise UserError(f"matplotlib failed ({type(error).__name__}: {' '.join(str(error).split()):.200})") from error
 
 
 def make_figure(runs: list[Curves], title: str | None = None):
