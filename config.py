@@ -354,6 +354,9 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(("YOUR_PATH", "PATH_TO")):
             problems.append(f"{name}: still the placeholder {value!r}; put your own path there")
+    name = values.get("name") or "run"
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", "..") or "\0" in name:
+        problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
     _check_method(values, problems)
     if values.get("only_eval"):
         if not (values.get("load_model_path") or values.get("model_id")):

@@ -1,6 +1,12 @@
 """The experiment: `python run.py CONFIG [key=value ...]` trains and evaluates Coconut or a baseline."""
 
-from startup import signals
+try:
+    from startup import signals
+except ModuleNotFoundError:  # PYTHONSAFEPATH (python -P) leaves out this file's folder
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    from startup import signals
 
 if __name__ == "__main__":
     signals.at_once()  # before the slow imports

@@ -11,6 +11,7 @@ library's import, in a destructor or during shutdown, where Python prints a trac
 
 import _signal as signal  # the C module behind `signal`, which would import enum: a few ms without our handler
 import os
+import sys
 
 unfinished: set[str] = set()  # temporary files that the handler removes
 # A closed terminal sends SIGHUP, and Slurm warns with SIGUSR1 before a job's time ends.
@@ -19,13 +20,30 @@ silent = False  # True in all processes but one of a distributed run (utils.sile
 
 
 def at_once() -> None:
-    """End the process at any of the STOP signals from now on.
+    """End the process at any of the STOP signals from now on, and let no output fail.
 
     A signal that is ignored stays ignored: shells start the background commands of a script without Ctrl-C.
     """
+    _keep_output_open()
     for number in STOP:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
+
+
+def _keep_output_open() -> None:
+    """Send what a closed stdin, stdout or stderr would get to /dev/null, and escape characters that a locale lacks.
+
+    Otherwise the next file that is opened gets the number of the closed one, and what is printed lands in it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  stays open to the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def announce(text: str) -> None:

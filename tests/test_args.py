@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from config import load_config
+from dataset import Curriculum
+from training.setup import trains_no_thought
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("graph_"))
@@ -46,6 +48,22 @@ def test_it_loads_with_the_papers_batch_from_gpt2(path):
     assert (config.lr, config.weight_decay, config.seed, config.bf16) == (lr, 0.01, 0, False)
     assert config.name == path.stem.replace("_", "-")
     assert config.only_eval == path.stem.endswith("_eval")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "args").glob("*.yaml")), ids=lambda path: path.stem)
+def test_none_is_warned_to_train_no_thought(path):
+    config = load_config(str(path))
+    assert config.only_eval or not trains_no_thought(Curriculum(config, None), config.resume, range(1, 6))
+
+
+@pytest.mark.parametrize(("changes", "is_warned"), [
+    ([], False), (["max_latent_stage=0"], True), (["c_thought=0"], True), (["num_epochs=4"], False),
+    (["num_epochs=3", "resume=0"], True), (["num_epochs=3", "resume=0", "uniform_prob=0.1"], False),
+    (["coconut=False", "cot=True"], False),
+])  # fmt: skip
+def test_a_run_that_trains_no_thought_is_found(changes, is_warned):
+    config = load_config(str(ROOT / "args" / "gsm_coconut.yaml"), changes)
+    assert trains_no_thought(Curriculum(config, None), config.resume, range(1, 6)) == is_warned
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -199,6 +199,17 @@ def test_only_eval_needs_weights_but_no_training_data(load):
     assert load(fresh, "load_model_path=checkpoint_3").only_eval
 
 
+@pytest.mark.parametrize("name", [".", "./", "..", "../other", "a/../..", "../../x", "/tmp/x", "a/../../b", "a\0b"])
+def test_a_name_stays_inside_save_path(name, load):
+    [problem] = problems_of(load, OFFICIAL_COT, f"name={name}")
+    assert problem.startswith("name: expected a folder inside save_path, found")
+
+
+@pytest.mark.parametrize("name", ["x", "a/b", ".hidden", "..x", "a/../b"])
+def test_a_name_may_have_folders(name, load):
+    assert load(OFFICIAL_COT, f"name={name}").name == name
+
+
 def test_every_key_has_type_default_and_meaning_in_help():
     text = usage()
     keys = dict(zip(text.splitlines()[6:], text.splitlines()[7:], strict=False))

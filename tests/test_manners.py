@@ -1,6 +1,7 @@
 """How commands behave towards users: Ctrl-C at any moment, output with and without a terminal, foreign warnings."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -133,6 +134,49 @@ def test_a_variable_that_the_user_has_set_stays(existing, expected, monkeypatch)
         monkeypatch.delenv("MLX_BFS_MAX_WIDTH")
     settings.lift_graph_width()
     assert os.environ["MLX_BFS_MAX_WIDTH"] == expected
+
+
+SMALL = [ROOT / "run.py", "trial.yaml", "num_epochs=1"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_output_is_no_failure(closed, trial, tmp_path):
+    """And nothing that is printed lands in a file of the run."""
+    words = " ".join(f"'{word}'" for word in [sys.executable, *SMALL, f"save_path={tmp_path}"])
+    done = subprocess.run(
+        f"{words} {closed}", shell=True, cwd=trial.folder, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    for line in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+@pytest.mark.parametrize(("options", "environment"), [
+    ([], {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
+    ([], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
+    ([], {"PYTHONSAFEPATH": "1"}), (["-OO"], {}),
+])  # fmt: skip
+def test_the_interpreters_settings_are_no_failure(options, environment, trial, tmp_path):
+    """A locale that cannot spell the run's name, an import path without the program's folder, no docstrings."""
+    done = python(*options, *SMALL, f"save_path={tmp_path}", "name=é", cwd=trial.folder, **environment)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (tmp_path / "é" / "checkpoint_1").is_dir()
+    assert python(*options, ROOT / "run.py", "--help", cwd=trial.folder, **environment).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["plot", "demo", "demo_seeds", "describe_data", "export"])
+def test_help_needs_neither_docstrings_nor_an_open_stdout(script, trial):
+    words = [sys.executable, "-OO", "-m", f"scripts.{script}", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=trial.folder, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_a_deleted_working_directory_is_one_message(trial, tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = f"cd '{tmp_path}/gone' && rmdir ../gone && '{sys.executable}' '{ROOT}/run.py' '{trial.folder}/trial.yaml'"
+    done = subprocess.run(f"{command} save_path=runs", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def on_a_terminal(command, cwd, **environment) -> str:

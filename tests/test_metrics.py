@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import types
+from importlib.machinery import PathFinder
 
 import pytest
 from conftest import ROOT
@@ -46,7 +47,7 @@ def fake_wandb(monkeypatch):
 
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
+    monkeypatch.setattr(metrics, "find_spec", lambda name: types.SimpleNamespace(origin="wandb/__init__.py"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     return module
 
@@ -111,6 +112,38 @@ def test_it_is_never_asked_for(fake_wandb, tmp_path, monkeypatch, capsys):
 def test_the_key_decides_unless_the_variable_does(variable, key, mode, fake_wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", variable)
     assert metrics.wandb_mode(config(tmp_path, wandb=key))[0] == mode
+
+
+@pytest.mark.parametrize("key", ["online", "offline", "auto"])
+def test_wandb_disabled_switches_it_off(key, fake_wandb, tmp_path, monkeypatch, capsys):
+    """As in wandb's older versions and in transformers; also where WANDB_MODE says otherwise."""
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert metrics.start_wandb(config(tmp_path, wandb=key)) is None
+    assert capsys.readouterr().out == "wandb: off (WANDB_DISABLED)\n"
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    assert metrics.wandb_mode(config(tmp_path, wandb=key)) == ("offline", "WANDB_MODE")
+
+
+def test_a_mode_that_wandb_does_not_know_is_named(fake_wandb, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    assert metrics.wandb_mode(config(tmp_path, wandb="offline")) == ("offline", "the key wandb")
+    assert "WANDB_MODE: expected one of online, offline, dryrun, disabled, found 'of'" in capsys.readouterr().err
+
+
+def test_one_line_says_that_it_is_on_and_why(fake_wandb, tmp_path, capsys):
+    assert metrics.start_wandb(config(tmp_path)) is fake_wandb.run
+    assert capsys.readouterr().out == "wandb: offline, run abc (WANDB_MODE)\n"
+
+
+def test_a_folder_named_wandb_is_not_the_package(tmp_path, monkeypatch, capsys):
+    """wandb writes its runs into such a folder, and Python takes it for a package without content."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    path = [str(tmp_path)]
+    monkeypatch.setattr(metrics, "find_spec", lambda name: PathFinder.find_spec(name, path))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert metrics.start_wandb(config(tmp_path)) is None
+    assert capsys.readouterr().out == "wandb: off (not installed: pip install wandb)\n"
 
 
 def test_a_resumed_run_continues_the_same_wandb_run(fake_wandb, tmp_path):

@@ -16,7 +16,8 @@ from survival import SETTINGS, Trial, differences
 import run as run_module
 from config import Config
 from training import checkpoint
-from training.resume import clean, prune
+from training.resume import best_checkpoint, clean, prune
+from training.step import TrainStep
 from utils import crc32
 
 
@@ -294,6 +295,110 @@ def test_a_change_that_makes_it_another_run_is_refused_with_the_difference(chang
     assert f"{name}: was " in printed
     assert f"is {value}" in printed
     assert {path: path.read_bytes() for path in (tmp_path / "copy" / "runs").rglob("*") if path.is_file()} == before
+
+
+def copied(two_of_three, tmp_path, **keys):
+    """A copy of the stopped run: (its folder, the command that resumes it). keys: of the configuration, changed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(two_of_three.folder, folder)
+    command = resume_command(folder)
+    config = json.loads((folder / "trial.yaml").read_text())
+    names = {"train_path": "train", "val_path": "valid", "tokenizer": "words", "model_config_path": "model"}
+    moved = {key: str(folder / f"{name}.json") for key, name in names.items()}  # the same content at another path
+    (folder / "trial.yaml").write_text(json.dumps(config | moved | keys))
+    return folder, command
+
+
+def test_data_at_another_path_is_the_same_data(whole, two_of_three, tmp_path, capsys):
+    folder, command = copied(two_of_three, tmp_path)
+    (folder / "train.json").write_text(json.dumps(json.loads((folder / "train.json").read_text()), indent=2))
+    assert run_module.main(command) == 0, capsys.readouterr().err
+    model = "checkpoint_3/model.safetensors"
+    assert (folder / "runs" / "trial" / model).read_bytes() == (whole[0].run_dir / model).read_bytes()
+
+
+def change_one_item(file):
+    items = json.loads(file.read_text())
+    items[-1]["answer"] = "8"
+    file.write_text(json.dumps(items))
+
+
+def change_the_model(file):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_layer": 3}))
+
+
+def change_the_words(file):
+    file.write_text('["##"]')
+
+
+@pytest.mark.parametrize(("key", "name", "change"), [
+    ("train_path", "train", change_one_item), ("val_path", "valid", change_one_item),
+    ("model_config_path", "model", change_the_model), ("tokenizer", "words", change_the_words),
+])  # fmt: skip
+def test_content_that_changed_under_a_run_is_refused(key, name, change, two_of_three, tmp_path, capsys):
+    """With a way on, and nothing in the directory changes."""
+    folder, command = copied(two_of_three, tmp_path)
+    change(folder / f"{name}.json")
+    before = contents(folder / "runs")
+    assert run_module.main(command) == 2
+    printed = capsys.readouterr().err
+    assert key in printed and STATE in printed
+    assert "another `name`" in printed or "name the right one" in printed
+    assert contents(folder / "runs") == before
+
+
+def test_another_number_of_streams_is_noted(two_of_three, tmp_path, capsys, monkeypatch):
+    """It decides which dropout masks are drawn."""
+    _, command = copied(two_of_three, tmp_path)
+    before = json.loads((two_of_three.run_dir / STATE / "coconut.json").read_text())["streams"]
+    monkeypatch.setenv("COCONUT_STREAMS", str(before + 1))
+    assert run_module.main(command) == 0
+    assert f"changed since the last start: streams: was {before}, is {before + 1}; dropout" in capsys.readouterr().out
+
+
+def test_the_key_resume_does_not_move_the_warm_up_of_a_resumed_run(two_of_three, tmp_path, capsys, monkeypatch):
+    """Its first start skipped no epoch, and that is where the steps are counted from."""
+    rates = []
+    original = TrainStep.__call__
+
+    def noted(self, micro_batches, epoch, number, rate):
+        rates.append((epoch, number, rate))
+        return original(self, micro_batches, epoch, number, rate)
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    _, command = copied(two_of_three, tmp_path, name="warm", warmup_steps=100)
+    assert run_module.main([*command, "num_epochs=1"]) == 0
+    assert run_module.main([*command, "num_epochs=2", "resume=1"]) == 0, capsys.readouterr().err
+    assert [rate for *_, rate in rates] == pytest.approx([1e-3 * (n + 1) / 100 for n in range(20)])
+
+
+def test_the_best_checkpoint_is_told_by_the_sealed_metadata(two_of_three, tmp_path):
+    """Not by metrics.jsonl, which anybody may change; runs without sealed accuracies fall back to it."""
+    run_dir = copied(two_of_three, tmp_path, max_latent_stage=0)[0] / "runs" / "trial"
+    for number, accuracy in ((1, 0.75), (2, 0.25)):
+        record = checkpoint.read_metadata(run_dir / f"checkpoint_{number}")
+        record["config"]["max_latent_stage"] = record["stage"] = 0
+        write_metadata(run_dir / f"checkpoint_{number}", record)
+        state = checkpoint.read_metadata(run_dir / STATE)
+        state["position"]["accuracies"][str(number)] = accuracy
+        write_metadata(run_dir / STATE, state)
+    lines = [json.dumps({"epoch": epoch, "eval/acc": epoch / 2}) for epoch in (1, 2)]
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines))
+    assert best_checkpoint(run_dir).name == "checkpoint_1"
+    shutil.rmtree(run_dir / STATE)
+    assert best_checkpoint(run_dir).name == "checkpoint_2"
+
+
+def write_metadata(folder, record):
+    checkpoint._seal(record)
+    (folder / "coconut.json").write_text(json.dumps(record))
+
+
+def test_a_run_records_the_accuracy_of_every_epoch(two_of_three):
+    metrics = [json.loads(line) for line in lines(two_of_three)]
+    expected = {str(r["epoch"]): r["eval/acc"] for r in metrics if "eval/acc" in r}
+    assert checkpoint.read_metadata(two_of_three.run_dir / STATE)["position"]["accuracies"] == expected
+    assert checkpoint.read_metadata(two_of_three.run_dir / "checkpoint_2")["accuracies"] == {"1": expected["1"]}
 
 
 def test_of_two_starts_on_a_fresh_directory_one_trains(tmp_path):

@@ -123,22 +123,33 @@ def start_wandb(config: Config):
         warn(f"wandb did not start ({error}); metrics.jsonl is written all the same")
         return None
     write_text(id_file, f"{run.id}\n")
-    say(f"wandb: {mode}, run {run.id}")
+    say(f"wandb: {mode}, run {run.id} ({reason})")
     return run
 
 
 def wandb_mode(config: Config) -> tuple[str, str]:
-    """(`online`, `offline` or `off`, the reason): the key `wandb`, unless the variable WANDB_MODE says otherwise."""
+    """(`online`, `offline` or `off`, the reason): the key `wandb`, unless WANDB_DISABLED or WANDB_MODE decide."""
     if config.debug or config.only_eval:
         return "off", "no training is recorded with debug or only_eval"
-    wanted = MODES.get(os.environ.get("WANDB_MODE", ""), config.wandb)
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "off", "WANDB_DISABLED"
+    variable = os.environ.get("WANDB_MODE", "")
+    if variable and variable not in MODES:
+        warn(f"WANDB_MODE: expected one of {', '.join(MODES)}, found {variable!r}; the key wandb decides")
+    wanted, reason = MODES.get(variable, config.wandb), "WANDB_MODE" if variable in MODES else "the key wandb"
     if wanted == "off":
-        return "off", "WANDB_MODE" if config.wandb != "off" else "the key wandb"
-    if not find_spec("wandb"):
+        return "off", reason
+    if not _is_installed():
         return "off", "not installed: pip install wandb"
     if wanted == "auto":
         return ("online", "logged in") if _logged_in() else ("off", "not logged in: wandb login")
-    return wanted, "asked for"
+    return wanted, reason
+
+
+def _is_installed() -> bool:
+    """Whether there is a package wandb; a folder of that name in the path, as wandb's own runs make, is none."""
+    spec = find_spec("wandb")
+    return spec is not None and spec.origin is not None
 
 
 def _logged_in() -> bool:

@@ -76,7 +76,7 @@ def find_saved(run_dir: Path) -> Saved | None:
 
 def recorded_accuracies(metadata: dict) -> dict[int, float]:
     """Validation accuracy by epochs done, as a saved folder holds it under its checksum; empty in old runs."""
-    found = metadata.get("accuracies") or metadata.get("position", {}).get("accuracies", {})
+    found = metadata.get("position", metadata).get("accuracies", {})
     return {int(epoch): value for epoch, value in found.items()}
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -191,8 +191,23 @@ def print_summary(run: Run, directory: Path, blas: str) -> None:
     say(f"files: {directory}")
     if disk := resume.check_disk(config, 4 * n_parameters, run.first_epoch):
         say(disk)
+    if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.n_steps):
+        warn(
+            f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
+            f"{config.max_latent_stage}, and its last stage is {run.curriculum.stage(config.num_epochs - 1)}"
+        )
     if config.bf16 and not on_gpu():
         warn("bf16 is many times slower on CPU; float32 is used")
+
+
+def trains_no_thought(curriculum: Curriculum, first_epoch: int, n_steps: Iterable[int]) -> bool:
+    """Whether a method that thinks never does so in the epochs of a run; n_steps: the steps of its items."""
+    config, counts = curriculum.config, {int(n) for n in n_steps}
+    stages = {curriculum.stage(epoch) for epoch in range(first_epoch, config.num_epochs)}
+    if config.uniform_prob:
+        stages |= set(range(max(counts) + 1))
+    latents = [curriculum.training_counts(stage, n)[1] for stage in stages for n in counts]
+    return bool(latents) and curriculum.method.thinks and not any(latents)
 
 
 def thoughts_of(values: Mapping) -> dict:

@@ -162,7 +162,7 @@ class Trainer:
         if (is_last or is_due or signal) and self.writes:
             self._check_finite()
             self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
-            metadata = self._metadata(self.state.epoch + is_last, self.stage)
+            metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
             self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
             resume.keep_only_state(self.state_folder)
             self.last_save = time.monotonic()
@@ -203,14 +203,14 @@ class Trainer:
             self.group.check_equal({"parameters": parameter_digest(self.run.model.parameters())}, when)
             say(f"{when} the parameters are the same bits in all {self.group.world_size} ranks")
 
-    def _metadata(self, epochs_done: int, stage: int) -> dict:
-        """With the accuracies so far: which checkpoint is the best is told by them, under a checksum."""
+    def _checkpoint_metadata(self, epochs_done: int, stage: int) -> dict:
+        """With the accuracies so far, which a state has in its place: they tell which checkpoint is the best."""
         return self.run.metadata(epochs_done, stage) | {"accuracies": self.state.accuracies}
 
     def _save_checkpoint(self) -> None:
         """checkpoint_{epoch + 1} of a trained epoch, before it is validated (official run.py)."""
         if self.writes and not self.config.save_only_improve:
-            metadata = self._metadata(self.state.epoch + 1, self.stage)
+            metadata = self._checkpoint_metadata(self.state.epoch + 1, self.stage)
             say(f"saved {checkpoint.save_checkpoint(self.run.model, metadata)}")
 
     def _finish_epoch(self, accuracy: float) -> None:
@@ -221,7 +221,7 @@ class Trainer:
         if removed and accuracy > state.best_accuracy:  # iCoT's best is one without a written chain (arXiv 2405.14838)
             state.best_accuracy, state.best_epoch = accuracy, epochs_done
             if self.writes and self.config.save_only_improve:
-                path = checkpoint.save_checkpoint(self.run.model, self._metadata(epochs_done, stage))
+                path = checkpoint.save_checkpoint(self.run.model, self._checkpoint_metadata(epochs_done, stage))
                 say(f"saved {path}, the best so far")
         state.epoch, state.step, state.train_seconds = epochs_done, 0, 0.0
         if self.writes:
