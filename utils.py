@@ -1,5 +1,6 @@
 """Small helpers for every room: errors, console output, safe stops, files that are never half-written."""
 
+import errno
 import json
 import os
 import signal
@@ -169,6 +170,30 @@ def replacing(path: Path):
         signals.unfinished.discard(str(temporary))
 
 
+def read_file(path: Path, limit: int = 1 << 26) -> bytes:
+    """Read a whole regular file of at most `limit` bytes (64 MiB).
+
+    Raises OSError, also for a device or a pipe, which may have no end, and for a larger file.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {human_size(limit)}", str(path))
+        return file.read(limit)
+
+
+def read_json(path: Path):
+    """Read a JSON file. Raises OSError as read_file does, and ValueError for what is not JSON."""
+    content = read_file(path)
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the contents of `path` by `text` (UTF-8) atomically."""
     with replacing(path) as temporary:
@@ -215,6 +240,11 @@ def human_time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def memory_size() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def human_size(n_bytes: float) -> str:

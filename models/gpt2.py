@@ -5,6 +5,7 @@ rows, T columns of this pass, S columns with the cache's, D = n_embd, H = n_head
 """
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,31 @@ from mlx.nn.utils import checkpoint
 
 from models.cache import LayerCache, make_cache
 from models.ops import Dropout, attention, gelu_new, random_keys
+
+# Of config.json. Other names of Hugging Face (transformers.GPT2Config.attribute_map, and n_ctx of older files).
+ALIASES = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions", "n_ctx": "n_positions",
+}  # fmt: skip
+MISNAMED = {  # names of other models that `transformers` ignores in a GPT-2's file
+    "intermediate_size": "n_inner", "hidden_act": "activation_function", "block_size": "n_positions",
+    "dropout": "embd_pdrop, attn_pdrop and resid_pdrop",
+}  # fmt: skip
+ACTIVATIONS = (  # names of one function in transformers
+    "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast",
+)  # fmt: skip
+FIXED = {
+    "model_type": "gpt2", "scale_attn_weights": True, "tie_word_embeddings": True, "bias": True,
+    "position_embedding_type": "absolute",
+}  # fmt: skip
+UNSUPPORTED = (
+    "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention", "is_encoder_decoder",
+    "pruned_heads", "quantization", "quantization_config", "rope_scaling", "rope_parameters", "sliding_window",
+    "use_sliding_window", "num_key_value_heads", "multi_query",
+)  # fmt: skip
+LARGEST = {  # a typing error is refused before it fills the memory; GPT-2 XL has 48 layers, 1,600 wide
+    "vocab_size": 10**7, "n_positions": 10**7, "n_embd": 10**6, "n_layer": 10**4, "n_head": 10**6, "n_inner": 10**7,
+}  # fmt: skip
 
 Keys = list[mx.array | None]  # random keys of a block's three dropouts; None where nothing is dropped
 
@@ -38,37 +64,78 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPT2Config":
-        """The keys that we know of a config.json's content; raises ValueError for what this GPT-2 cannot do."""
-        names = {f.name for f in dataclasses.fields(cls)}
+        """A config.json's content under its own names or their aliases.
+
+        Raises ValueError for what this GPT-2 cannot do: nothing that changes the model is ignored.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object of names and values, found {type(values).__name__}")
+        _check_fixed(values)
+        values = _without_aliases(values)
+        names = [f.name for f in dataclasses.fields(cls)]
+        _check_spelling(values, names)
         config = cls(**{name: value for name, value in values.items() if name in names})
-        if values.get("model_type", "gpt2") != "gpt2":
-            raise ValueError(f"model_type: expected gpt2, found {values['model_type']}")
         _check_numbers(config)
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        if config.activation_function != "gelu_new":
-            raise ValueError(f"activation_function: expected gelu_new, found {config.activation_function}")
-        for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
-            if values.get(name):
-                raise ValueError(f"{name}: not supported")
+        if config.activation_function not in ACTIVATIONS:
+            raise ValueError(f"activation_function: expected {ACTIVATIONS[0]}, found {config.activation_function!r}")
         return config
 
-    def to_dict(self) -> dict:
-        """The content of a config.json that `transformers` opens as GPT2LMHeadModel."""
-        eos = min(self.vocab_size - 1, 50_256)
-        fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
-        return fixed | dataclasses.asdict(self)
+    def to_dict(self, end_of_text: int) -> dict:
+        """The content of a config.json that `transformers` opens as GPT2LMHeadModel; its generate stops there."""
+        ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # GPT-2 has one token for both
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | ids | dataclasses.asdict(self)
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of a model of this shape."""
+        d, inner = self.n_embd, self.n_inner or 4 * self.n_embd
+        block = 4 * d * (d + 1) + 2 * d * inner + inner + d + 4 * d  # attention, MLP, two layer norms
+        return (self.vocab_size + self.n_positions + 2) * d + self.n_layer * block
+
+
+def _check_fixed(values: dict) -> None:
+    """Raise ValueError where a key has another value than the only one that this GPT-2 has."""
+    for name, expected in FIXED.items():
+        if values.get(name, expected) not in (expected, None):
+            raise ValueError(f"{name}: expected {expected}, found {values[name]!s:.60}; this GPT-2 cannot do that")
+    for name in UNSUPPORTED:
+        if values.get(name):
+            raise ValueError(f"{name}: not supported")
+
+
+def _without_aliases(values: dict) -> dict:
+    """The values with each alias under its own name; raises ValueError where the two differ."""
+    result = dict(values)
+    for alias, name in ALIASES.items():
+        if alias in result and result[alias] is not None:
+            value = result.pop(alias)
+            if result.setdefault(name, value) != value:
+                raise ValueError(f"{alias} {value!r} and {name} {result[name]!r} mean the same; keep one")
+    return result
+
+
+def _check_spelling(values: dict, names: list[str]) -> None:
+    for key in values:
+        close = MISNAMED.get(key) or next(iter(difflib.get_close_matches(key, names, n=1, cutoff=0.8)), None)
+        if close and key not in names and values[key] is not None:
+            raise ValueError(f"{key}: unknown key; did you mean {close}?")
 
 
 def _check_numbers(config: GPT2Config) -> None:
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+    for name, most in LARGEST.items():
         value = getattr(config, name)
-        if not (isinstance(value, int) and value >= 1) and not (name == "n_inner" and value is None):
-            raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+        if name == "n_inner" and value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name}: expected a positive whole number up to {most:,}, found {value!r:.60}")
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"):
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ValueError(f"{name}: expected a number from 0 to below 1, found {value!r}")
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise ValueError(f"{name}: expected a number from 0 to below 1, found {value!r:.60}")
+    if not config.layer_norm_epsilon:
+        raise ValueError("layer_norm_epsilon: expected a number above 0; GPT-2's is 1e-5")
 
 
 class Conv1D(nn.Module):

@@ -4,9 +4,11 @@ Each case breaks one thing of a small working run and returns the command line; 
 hold. {t} stands for the run's folder.
 """
 
+import io
 import json
 import pickle
 import re
+import struct
 import zipfile
 
 import mlx.core as mx
@@ -388,6 +390,27 @@ def zip_without_weights(t):
     return t.config(load_model_path=path)
 
 
+@case("{t}/weights.npz", "damaged")
+def npz_whose_header_promises_more_than_there_is(t):
+    """MLX would end the process with a segmentation fault."""
+    path, header = t.folder / "weights.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**33,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("wte.weight.npy", header.getvalue() + bytes(64))
+    return t.config(load_model_path=path)
+
+
+@case("{t}/weights.npz", "unpack to 4.3 GB")
+def npz_that_unpacks_to_gigabytes(t):
+    path = t.folder / "weights.npz"
+    np.savez_compressed(path, x=np.zeros(1000, dtype=np.float32))
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")  # of the archive's directory; at 24 is the unpacked size
+    content[entry + 24 : entry + 28] = struct.pack("<I", 2**32 - 2)
+    path.write_bytes(content)
+    return t.config(load_model_path=path)
+
+
 @case("{t}/model: the weights do not fit", "transformer.h.1.mlp.c_fc.bias is missing")
 def a_tensor_is_missing(t):
     return evaluating(t, make_checkpoint(t, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.bias")))
@@ -501,12 +524,40 @@ BAD_MODEL_CONFIGS = {
     "layer_norm_epsilon": {"layer_norm_epsilon": "small"},
     "initializer_range": {"initializer_range": "wide"},
     "n_inner": {"n_inner": -3},
+    "scale_attn_weights: expected True, found False": {"scale_attn_weights": False},
+    "tie_word_embeddings: expected True, found False": {"tie_word_embeddings": False},
+    "bias: expected True, found False": {"bias": False},
+    "position_embedding_type: expected absolute": {"position_embedding_type": "relative_key"},
+    "reorder_and_upcast_attn: not supported": {"reorder_and_upcast_attn": True},
+    "add_cross_attention: not supported": {"add_cross_attention": True},
+    "quantization: not supported": {"quantization": {"bits": 4}},
+    "pruned_heads: not supported": {"pruned_heads": {"0": [1]}},
+    "hidden_size 32 and n_embd 16 mean the same": {"hidden_size": 32},
+    "n_ctx 64 and n_positions 128 mean the same": {"n_ctx": 64},
+    "n_layers: unknown key; did you mean n_layer?": {"n_layers": 2},
+    "intermediate_size: unknown key; did you mean n_inner?": {"intermediate_size": 64},
+    "dropout: unknown key; did you mean embd_pdrop": {"dropout": 0.1},
+    "layer_norm_epsilon: expected a number above 0": {"layer_norm_epsilon": 0},
+    "n_layer: expected a positive whole number up to 10,000": {"n_layer": 10**7},
+    "n_embd: expected a positive whole number up to": {"n_embd": 10**400},
+    "n_positions: expected a positive whole number up to": {"n_positions": True},
+    "a fresh model: 2 layers, 1,000,000 wide": {"n_embd": 10**6},
 }
 for expected_text, broken in BAD_MODEL_CONFIGS.items():
     CASES[f"model_config_with_{next(iter(broken))}_{next(iter(broken.values()))}"] = (
         model_config(**broken),
-        ("{t}/bad.json", expected_text),
+        (expected_text,) if expected_text.startswith("a fresh model") else ("{t}/bad.json", expected_text),
     )
+
+
+@case("initializer_range: 0")
+def fresh_weights_that_are_all_zero(t):
+    return t.config(initializer_range=0)
+
+
+@case("{t}/deep.json", "nested too deeply")
+def model_config_that_is_nested_deeply(t):
+    return t.config(model_config_path=t.write("deep.json", "[" * 200_000))
 
 
 @case("model_id: no-such/model-anywhere")

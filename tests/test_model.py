@@ -557,3 +557,19 @@ def test_recomputation_gives_the_same_gradient():
     assert results[0][0].item() == results[1][0].item()
     for (name, plain), (_, again) in zip(*(tree_flatten(gradient) for _, gradient in results), strict=True):
         assert mx.array_equal(plain, again).item() and mx.abs(plain).max().item() > 0, name
+
+
+def test_other_names_of_config_json_are_read():
+    """transformers.GPT2Config.attribute_map, n_ctx of older files, and other names of the same GELU."""
+    names = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = GPT2Config.from_dict(names | {"n_ctx": 64, "activation_function": "gelu_pytorch_tanh"})
+    assert (config.n_embd, config.n_layer, config.n_head, config.n_positions) == (16, 3, 2, 64)
+    assert GPT2Config.from_dict({"n_ctx": 32}).n_positions == 32
+    assert GPT2Config.from_dict({"hidden_size": None, "n_embd": 24}).n_embd == 24
+
+
+@pytest.mark.parametrize("n_inner", [None, 24])
+def test_the_number_of_parameters_is_known_from_the_shape(n_inner):
+    """It is compared with the memory before the model is built."""
+    config = GPT2Config(vocab_size=30, n_positions=8, n_embd=16, n_layer=3, n_head=2, n_inner=n_inner)
+    assert config.n_parameters == sum(array.size for _, array in tree_flatten(GPT2(config).parameters()))

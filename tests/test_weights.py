@@ -1,5 +1,6 @@
 """Every source of weights gives the model that transformers computes with; what does not fit is named."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from config import Config
 from models.loading import find_source, load_gpt2
@@ -101,13 +103,15 @@ def write(folder, tensors, kind, model):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
     arrays = {name: mx.array(value) for name, value in tensors.items()}
-    path = folder / {"safetensors": "weights.safetensors", "npz": "weights.npz", "torch": "checkpoint_33"}[kind]
+    names = {"safetensors": "weights.safetensors", "npz": "weights.npz"}
+    path = folder / names.get(kind, "checkpoint_33")
     if kind == "safetensors":
         mx.save_safetensors(str(path), arrays)
     elif kind == "npz":
         mx.savez(str(path), **arrays)
     else:
-        torch.save({name: torch.tensor(np.asarray(value)) for name, value in tensors.items()}, path)
+        state = {name: torch.tensor(np.asarray(value)) for name, value in tensors.items()}
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "torch")
     return path
 
 
@@ -124,10 +128,19 @@ LAYOUTS = {
     "MLX, base_causallm.": lambda m: prefixed(linear(named_tensors(m)), "base_causallm."),
     "MLX, transformer.": lambda m: prefixed(linear(named_tensors(m)), "transformer."),
     "older MLX port": old_port,
+    "DDP": lambda m: prefixed(hf_extras(m), "module."),
+    "torch.compile": lambda m: prefixed(linear(hf_extras(m)), "_orig_mod."),
+    "FSDP blocks": lambda m: {
+        name.replace("h.0.", "h.0._fsdp_wrapped_module."): value for name, value in hf_extras(m).items()
+    },
+    "safetensors' save_model, which keeps one of tied tensors": lambda m: {
+        {"wte.weight": "lm_head.weight"}.get(name, f"transformer.{name}"): value
+        for name, value in named_tensors(m).items()
+    },
 }
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "npz", "torch"])
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "torch", "torch before 1.6"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_file_gives_the_logits_of_transformers(layout, kind, reference, words, tmp_path):
     """load_model_path: names, layouts and formats; for cot and for coconut, which may add three rows."""
@@ -172,6 +185,109 @@ def test_missing_markers_start_as_copies_of_the_double_angle(words, tmp_path, re
         np.testing.assert_array_equal(table[258:], np.repeat(original[[tokenizer.prototype_id]], 3, axis=0))
 
 
+@pytest.mark.parametrize(
+    ("rows", "header", "expected", "from_prototype"),
+    [
+        (259, {}, 261, True),  # one token was added
+        (304, {}, 261, True),  # padded, as nanoGPT's 50304
+        (261, {}, 261, False),  # exactly ours
+        (261, {"method": "cot"}, 261, True),  # fresh weights of ours that never saw a special token
+        (304, {"method": "coconut"}, 304, False),
+    ],
+)
+def test_rows_of_special_tokens_that_nobody_trained(
+    rows, header, expected, from_prototype, words, tmp_path, reference, capsys
+):
+    """Only coconut cuts the padding off and starts the rows from `<<`, as the official run.py does, and says so."""
+    tensors = {name: mx.array(value) for name, value in named_tensors(reference).items()}
+    table = mx.random.normal((rows, 16))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), tensors | {"wte.weight": table}, header)
+    (tmp_path / "config.json").write_text(json.dumps(reference.config.to_dict(), default=str))
+    tokenizer = load_tokenizer(str(words))
+    config = make_config(words, load_model_path=str(tmp_path))
+    found = np.array(load_gpt2(find_source(config), config, tokenizer).wte.weight)
+    table = np.array(table)
+    special = np.repeat(table[[tokenizer.prototype_id]], 3, axis=0) if from_prototype else table[258:261]
+    assert len(found) == expected
+    np.testing.assert_array_equal(found[:258], table[:258])
+    np.testing.assert_array_equal(found[258:261], special)
+    assert ("start from the embedding of `<<`" in capsys.readouterr().out) == from_prototype
+    config = make_config(words, "cot", load_model_path=str(tmp_path))
+    assert len(load_gpt2(find_source(config), config, tokenizer).wte.weight) == rows
+
+
+def nanogpt_checkpoint(model, path, **arguments):
+    """What nanoGPT's train.py saves of a compiled model."""
+    tensors = prefixed(linear(named_tensors(model)), "_orig_mod.transformer.")
+    tensors["_orig_mod.lm_head.weight"] = model.lm_head.weight.detach().numpy()
+    if not arguments.get("bias", True):
+        tensors = {name: value for name, value in tensors.items() if not name.endswith("bias")}
+    tensors = {name: torch.tensor(value) for name, value in tensors.items()}
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64, "bias": True, "dropout": 0.0}
+    shape |= {"vocab_size": len(model.transformer.wte.weight)} | arguments
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}
+    torch.save({"model": tensors, "optimizer": optimizer, "model_args": shape, "iter_num": 3}, path)
+    return path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt(bias, reference, words, tmp_path, capsys):
+    """nn.Linear layout, names of torch.compile, sizes in model_args, and no biases where it was trained so."""
+    model = copy.deepcopy(reference)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and not bias:
+            parameter.data.zero_()
+    path = nanogpt_checkpoint(model, tmp_path / "ckpt.pt", bias=bias)
+    ours = our_logits(make_config(words, "cot", load_model_path=str(path)), words)
+    np.testing.assert_allclose(ours, torch_logits(model), rtol=0, atol=1e-5)
+    captured = capsys.readouterr()
+    assert "GELU" in captured.err
+    assert ("no biases" in captured.out) == (not bias)
+
+
+def test_heads_of_nanogpt_that_the_named_config_contradicts(reference, words, tmp_path):
+    """No tensor's shape shows the number of heads, so a wrong one would load and compute something else."""
+    path = nanogpt_checkpoint(reference, tmp_path / "ckpt.pt", n_head=4)
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps(reference.config.to_dict(), default=str))
+    config = make_config(words, "cot", load_model_path=str(path), model_config_path=str(shape))
+    with pytest.raises(UserError, match=r"n_head 4, .*shape\.json says 2"):
+        find_source(config)
+
+
+def test_shards_of_torch_files(reference, words, tmp_path):
+    """pytorch_model.bin.index.json and its parts, as older versions of transformers saved large models."""
+    state = list(reference.state_dict().items())
+    parts = {"pytorch_model-00001-of-00002.bin": state[:9], "pytorch_model-00002-of-00002.bin": state[9:]}
+    for name, part in parts.items():
+        torch.save(dict(part), tmp_path / name)
+    index = {"weight_map": {key: name for name, part in parts.items() for key, _ in part}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(reference.config.to_dict(), default=str))
+    ours = our_logits(make_config(words, "cot", model_id=str(tmp_path)), words)
+    np.testing.assert_allclose(ours, torch_logits(reference), rtol=0, atol=1e-5)
+
+
+def test_a_repository_that_holds_only_torch_files_is_fetched(tmp_path, monkeypatch):
+    """safetensors are asked for first: most repositories hold both, and one is enough."""
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns=(), local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing cached")
+        asked.append(allow_patterns)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+        if "pytorch_model*.bin" in allow_patterns:
+            (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config = Config(save_path="x", name="x", val_path="x", cot=True, model_id="someone/tiny")
+    for _ in range(2):
+        assert find_source(config).weights == tmp_path
+    assert [("*.safetensors" in patterns) for patterns in asked] == [True, False, True]
+
+
 def test_a_repository_id_is_found_in_the_hub_cache_offline(reference, words, tmp_path):
     """huggingface_hub's cache layout, no network: branch and pinned revision."""
     revision = "0123456789abcdef0123456789abcdef01234567"
@@ -214,6 +330,18 @@ def test_transformers_opens_our_checkpoints_and_we_open_its(trained, words, tmp_
     theirs.save_pretrained(tmp_path)
     back = our_logits(make_config(words, load_model_path=str(tmp_path)), words)
     np.testing.assert_array_equal(back, ours)
+
+
+def test_generate_of_transformers_stops_at_end_of_text(trained, words):
+    """Also with a vocabulary that is not GPT-2's; config.json names end of text and not a latent."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(trained.run_dir / "checkpoint_2").eval()
+    end = load_tokenizer(str(words)).eos_id
+    with torch.no_grad():
+        model.transformer.ln_f.bias.add_(model.transformer.wte.weight[end] * 1e4)  # always the next token
+    prompt = torch.tensor([[3, 77]])
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+    assert ids[0].tolist() == [3, 77, end]
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (end, end)
 
 
 def test_a_checkpoint_says_where_it_comes_from(trained):
@@ -270,6 +398,38 @@ def test_an_untied_embedding_is_used_with_a_warning(reference, words, tmp_path, 
     ours = our_logits(make_config(words, "cot", load_model_path=str(path)), words)
     np.testing.assert_allclose(ours, torch_logits(reference), rtol=0, atol=1e-5)
     assert "embedding.weight differs" in capsys.readouterr().err
+
+
+def test_an_output_layer_of_its_own_is_refused(reference, words, tmp_path):
+    """This GPT-2 would compute other logits than the model did."""
+    tensors = hf_extras(reference)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    config = make_config(words, "cot", load_model_path=str(write(tmp_path, tensors, "safetensors", reference)))
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from wte\.weight"):
+        our_logits(config, words)
+
+
+def test_two_tensors_of_one_name_are_refused(reference, words, tmp_path):
+    """Of a prefixed and a bare tensor, one would be lost."""
+    tensors = named_tensors(reference)
+    tensors["module.transformer.wpe.weight"] = tensors["wpe.weight"] + 1
+    config = make_config(words, "cot", load_model_path=str(write(tmp_path, tensors, "safetensors", reference)))
+    with pytest.raises(UserError, match=r"two different tensors for wpe\.weight"):
+        our_logits(config, words)
+
+
+def test_bfloat16_arrays_of_an_npz_file(tmp_path):
+    """numpy has no such type: MLX writes two bytes that numpy calls V2."""
+    values = mx.array([1.5, -2.0]).astype(mx.bfloat16)
+    mx.savez(str(tmp_path / "half.npz"), x=values)
+    assert mx.array_equal(read_tensors(tmp_path / "half.npz")["x"], values).item()
+
+
+def test_a_tensor_larger_than_the_memory_is_refused(tmp_path):
+    """A view of one number costs a torch file nothing, and would fill the memory when it is read."""
+    torch.save({"wte.weight": torch.zeros(1).expand(10**13)}, tmp_path / "checkpoint_1")
+    with pytest.raises(UserError, match=r"40,000\.0 GB, more than this machine's memory"):
+        read_tensors(tmp_path / "checkpoint_1")
 
 
 def test_a_pickle_is_never_opened(tmp_path):

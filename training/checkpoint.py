@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from coconut import Coconut
 from dataset import Curriculum
+from text.tokenizer import SPECIAL_TOKENS
 from utils import UserError, crc32, sync, write_text
 
 METADATA = "coconut.json"
@@ -194,7 +195,8 @@ def _run_dir(metadata: dict) -> Path:
 def _write_model(folder: Path, model: Coconut, metadata: dict) -> None:
     header = {"format": "pt"} | {name: str(metadata[name]) for name in ("epoch", "stage", "method")}
     write_tensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), header)
-    write_text(folder / "config.json", json.dumps(model.transformer.config.to_dict(), indent=1))
+    end_of_text = metadata["tokenizer"]["vocab_size"] - len(SPECIAL_TOKENS)  # the special tokens follow the vocabulary
+    write_text(folder / "config.json", json.dumps(model.transformer.config.to_dict(end_of_text), indent=1))
 
 
 def _write_metadata(folder: Path, metadata: dict) -> None:
