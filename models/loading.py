@@ -185,7 +185,7 @@ def _with_special_tokens(
 
     trained: what holds_special_tokens says. Where nothing says it, rows for exactly our tokens count as trained, and
     any other number of rows as padding, which the official code cuts off (resize_token_embeddings) before it fills
-    the rows of the special tokens.
+    the rows of the special tokens. In a vocabulary without `<<`, rows for exactly our tokens stay as they are.
     """
     if embedding.ndim != 2:
         raise UserError(f"{source}: transformer.wte.weight has shape {embedding.shape}, expected [vocabulary, n_embd]")
@@ -195,9 +195,11 @@ def _with_special_tokens(
             f"{source}: its vocabulary has {rows:,} rows; the tokenizer ({tokenizer.source}) needs {without:,}, or "
             f"{complete:,} with the three special tokens. Is it another tokenizer's model?"
         )
-    if not config.method.special_tokens or (rows >= complete and (trained or (trained is None and rows == complete))):
+    has_prototype = tokenizer.prototype_id is not None
+    exact = rows == complete and (trained is None or not has_prototype)
+    if not config.method.special_tokens or (trained and rows >= complete) or exact:
         return embedding
-    if tokenizer.prototype_id is None:
+    if not has_prototype:
         raise UserError(
             f"{source}: has no rows for the three special tokens, and the vocabulary has no `<<` to start them from"
         )

@@ -216,6 +216,18 @@ def test_rows_of_special_tokens_that_nobody_trained(
     assert len(load_gpt2(find_source(config), config, tokenizer).wte.weight) == rows
 
 
+def test_rows_that_nobody_trained_stay_where_the_vocabulary_has_no_double_angle(tmp_path, reference):
+    """The graph task's curriculum starts from a checkpoint of `cot`, and no word of its vocabulary is `<<`."""
+    tensors = {name: mx.array(value) for name, value in named_tensors(reference).items()}
+    table = mx.random.normal((261, 16))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), tensors | {"wte.weight": table}, {"method": "cot"})
+    (tmp_path / "config.json").write_text(json.dumps(reference.config.to_dict(), default=str))
+    (tmp_path / "words.json").write_text('["###"]')
+    config = make_config(tmp_path / "words.json", load_model_path=str(tmp_path))
+    found = load_gpt2(find_source(config), config, load_tokenizer(config.tokenizer)).wte.weight
+    np.testing.assert_array_equal(np.array(found), np.array(table))
+
+
 def nanogpt_checkpoint(model, path, **arguments):
     """What nanoGPT's train.py saves of a compiled model."""
     tensors = prefixed(linear(named_tensors(model)), "_orig_mod.transformer.")
