@@ -30,6 +30,8 @@ def draw_accuracies(panel, lines: dict[str, dict[int, float]], stages: dict[int,
     for (name, points), color, marker in zip(lines.items(), cycle(LINES), cycle(MARKERS), strict=False):
         panel.plot(list(points), list(points.values()), label=name, color=color, marker=marker, clip_on=False, zorder=3)
     panel.axhline(chance, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    panel.annotate("chance", (1, chance), (6, 0), color=GRAY, fontsize=9, **beside)
     panel.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     epochs = sorted({epoch for points in lines.values() for epoch in points})
     panel.set_xticks(epochs, [f"{e}\nstage {stages[e]}" if e in stages else str(e) for e in epochs], fontsize=9)

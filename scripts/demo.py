@@ -41,8 +41,9 @@ ROWS = {name: METHODS.get(name) or METHODS["pause_as_thought"] for name in START
 TITLES = {name: row.title for name, row in ROWS.items()}
 DURATION = "about 8 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
-# The quick version has a sixteenth of the data, so that epochs are short; too few steps to learn the task.
+# The quick version has a sixteenth of the data and one epoch for each stage; too few steps to learn the task.
 QUICK_DATA = ["--prefix", "graph_quick", "--train", "2560", "--chains-train", "2560", "--valid", "200", "--test", "1"]
+QUICK_EPOCHS = 4  # stages 0 to 3
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def command_of(name: str, folder: Path, options: argparse.Namespace) -> list[str
     if options.quick:
         prefix = "data/graph_quick_chains" if name == "chains" else "data/graph_quick"
         keys += [f"train_path={prefix}_train.json", f"val_path={prefix}_valid.json"]
-        keys.append("tokenizer=data/graph_quick_vocabulary.json")
+        keys += ["tokenizer=data/graph_quick_vocabulary.json", f"num_epochs={1 if name == 'chains' else QUICK_EPOCHS}"]
     return [f"args/graph_{name}.yaml", *keys]
 
 
@@ -186,7 +187,7 @@ def print_results(options: argparse.Namespace, folder: Path, configs: dict[str, 
     say(f"table:   {folder / 'table.txt'}")
     picture = folder / "demo.png"
     try:
-        draw(results, held, picture)
+        draw(results, held, folder)
         say(f"picture: {picture}")
     except (UserError, RunError, OSError) as error:
         warn(f"{picture} is not drawn: {error}")
@@ -263,15 +264,14 @@ def thoughts_table(held: list[Held]) -> list[str]:
     ]
 
 
-def draw(results: dict[str, Result], held: list[Held], path: Path) -> None:
-    """Write the picture: accuracies by epoch, and beside them the heat map of the thoughts."""
-    shared = (
-        {epoch: value for epoch, value in results["cot"].accuracies.items() if epoch == 1} if "cot" in results else {}
-    )
-    lines = {r.title: (shared | r.accuracies if STARTS[name] == "cot" else r.accuracies) for name, r in results.items()}
-    with save_figure(path, figsize=(12, 4.4) if held else (6, 4.4)) as figure:
+def draw(results: dict[str, Result], held: list[Held], folder: Path) -> None:
+    """Write demo.png: accuracies by epoch, and beside them the heat map of the thoughts."""
+    staged = [result for name, result in results.items() if STARTS[name] == "cot"]
+    first = {record["epoch"]: record["eval/acc"] for record in read_evaluations(folder / "graph-cot")[:1]}
+    lines = {r.title: (first if r in staged else {}) | r.accuracies for r in results.values()}
+    with save_figure(folder / "demo.png", figsize=(12, 4.4) if held else (6, 4.4)) as figure:
         panels = figure.subplots(1, 2 if held else 1, squeeze=False)[0]
-        stages = {1: 0} | results["coconut"].stages if "coconut" in results else {}
+        stages = {1: 0} | staged[0].stages if staged else {}
         draw_accuracies(panels[0], lines, stages, chance=0.5)
         if held:
             draw_heat_map(panels[1], by_distance(held), frontiers(held))

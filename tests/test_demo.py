@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis.pictures import draw_accuracies
 from config import load_config
 from scripts import demo, demo_seeds, plot
-from training.curves import make_figure, read_curves
+from training.curves import make_figure, new_figure, read_curves
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,42 @@ def test_every_run_comes_after_the_one_it_starts_from(methods, runs):
         assert runs.index(demo.STARTS[name]) < runs.index(name)
         config = load_config(str(ROOT / "args" / f"graph_{name}.yaml"))
         assert config.load_model_path == f"runs/graph-{demo.STARTS[name]}/checkpoint_1"
+
+
+def commands_of(names, *words):
+    """{run: its arguments of run.py} in a folder X."""
+    options = demo.parse_args(["--seed", "7", *words])
+    return {name: demo.command_of(name, Path("X"), options) for name in names}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_run_starts_from_the_demos_own_runs_and_reads_the_data_that_the_demo_makes(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = ["chains", *demo.STARTS]
+    configs = {n: load_config(w[0], w[1:]) for n, w in commands_of(names, *["--quick"] * quick).items()}
+    for name, config in configs.items():
+        start = f"X/graph-{demo.STARTS[name]}/checkpoint_1" if name != "chains" else None
+        assert (config.run_dir, config.load_model_path) == (Path(f"X/graph-{name.replace('_', '-')}"), start)
+        assert config.seed == 7
+        trees = "_quick" * quick + ("_chains" if name == "chains" else "")
+        assert config.train_path == f"data/graph{trees}_train.json"
+        assert config.val_path == f"data/graph{trees}_valid.json"
+    monkeypatch.setattr(demo, "QUICK_DATA", [*demo.QUICK_DATA, "--out", str(tmp_path)])
+    if quick:
+        demo.make_data(demo.parse_args(["--quick"]))
+        named = {path for c in configs.values() for path in (c.train_path, c.val_path, c.tokenizer)}
+        assert named <= {f"data/{path.name}" for path in tmp_path.iterdir()}
+        assert len(json.loads((tmp_path / "graph_quick_train.json").read_text())) <= 40_000 / 8
+
+
+def test_the_quick_demo_trains_one_epoch_a_stage():
+    configs = {
+        n: load_config(str(ROOT / w[0]), w[1:]) for n, w in commands_of(["chains", *demo.STARTS], "--quick").items()
+    }
+    assert configs["coconut"].num_epochs == configs["coconut"].max_latent_stage + 1
+    assert {name: config.num_epochs for name, config in configs.items()} == {"chains": 1} | dict.fromkeys(
+        demo.STARTS, 4
+    )
 
 
 def finished_run(folder, accuracies, first_epoch=1):
@@ -126,15 +163,28 @@ def test_the_demo_prints_a_summary_first_and_next_steps_last(tmp_path, capsys, m
     assert (ROOT / program).is_file() and load_config(str(ROOT / config), keys).c_thought == 2
 
 
-def test_the_picture_has_every_methods_accuracies_from_the_shared_start_on(tmp_path, monkeypatch):
-    """CoT's first epoch is stage 0 of the methods that start from it."""
-    runs = {"no_cot": ([0.5, 0.4], 1), "cot": ([0.8, 0.9], 1), "coconut": ([0.7, 0.95], 2)}
-    results = {n: demo.read_result(n, finished_run(tmp_path / n, values, first)) for n, (values, first) in runs.items()}
-    drawn = {}
-    monkeypatch.setattr(demo, "draw_accuracies", lambda panel, lines, stages, chance: drawn.update(lines))
-    demo.draw(results, [], tmp_path / "demo.png")
-    assert drawn == {"No-CoT": {1: 0.5, 2: 0.4}, "CoT": {1: 0.8, 2: 0.9}, "Coconut": {1: 0.8, 2: 0.7, 3: 0.95}}
+@pytest.mark.parametrize("chosen", [["no_cot", "cot", "coconut"], ["no_thoughts"]])
+def test_the_picture_has_every_methods_accuracies_from_the_shared_start_on(chosen, tmp_path, monkeypatch):
+    """CoT's first epoch is stage 0 of the methods that start from it, whether CoT is compared or not."""
+    runs = {"no_cot": ([0.5, 0.4], 1), "cot": ([0.8, 0.9], 1), "coconut": ([0.7, 0.95], 2), "no_thoughts": ([0.6], 2)}
+    folders = {n: finished_run(tmp_path / f"graph-{n}", *run) for n, run in runs.items()}
+    drawn = []
+    monkeypatch.setattr(demo, "draw_accuracies", lambda panel, *drawing, chance: drawn.extend(drawing))
+    demo.draw({name: demo.read_result(name, folders[name]) for name in chosen}, [], tmp_path)
+    lines = {
+        "no_cot": {1: 0.5, 2: 0.4}, "cot": {1: 0.8, 2: 0.9}, "coconut": {1: 0.8, 2: 0.7, 3: 0.95},
+        "no_thoughts": {1: 0.8, 2: 0.6},
+    }  # fmt: skip
+    assert drawn[0] == {demo.TITLES[name]: lines[name] for name in chosen}
+    assert drawn[1] == ({1: 0, 2: 0, 3: 1} if "coconut" in chosen else {1: 0, 2: 0})  # as finished_run logs them
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_line_of_chance_is_named():
+    panel = new_figure((6, 4)).subplots()
+    draw_accuracies(panel, {"CoT": {1: 0.8, 2: 0.9}}, {1: 0, 2: 1}, chance=0.5)
+    assert [(text.get_text(), text.xy[1]) for text in panel.texts] == [("chance", 0.5)]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1\nstage 0", "2\nstage 1"]
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["--out", __file__], ["--out", f"{__file__}/below"]])
