@@ -86,10 +86,10 @@ def summary(results: dict[str, list[Result]]) -> list[str]:
     rows = []
     for method, runs in results.items():
         accuracies = [run.accuracy for run in runs]
-        spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
-        numbers = [statistics.mean(accuracies), spread, min(accuracies), max(accuracies)]
+        spread = f"{statistics.stdev(accuracies):.3f}" if len(runs) > 1 else "-"
+        mean, *extremes = (f"{n:.3f}" for n in (statistics.mean(accuracies), min(accuracies), max(accuracies)))
         seconds = statistics.mean(run.seconds for run in runs)
-        rows.append([TITLES[method], str(len(runs)), *(f"{number:.3f}" for number in numbers), f"{seconds:.0f}"])
+        rows.append([TITLES[method], str(len(runs)), mean, spread, *extremes, f"{seconds:.0f}"])
     head = ["method", "seeds", "mean", "standard deviation", "minimum", "maximum", "training, s"]
     return markdown_table(head, rows)
 

@@ -224,3 +224,5 @@ def test_the_summary_over_seeds(tmp_path):
         "Coconut is above 0.9 on 2 of 3 seeds", "above No-CoT: 0.517 on average, at least 0.500",
     ]  # fmt: skip
     assert demo_seeds.verdict({"cot": [a]})[0].startswith("no verdict")
+    row = demo_seeds.summary({"cot": [a]})[2].replace(" ", "")
+    assert row == "|CoT|1|1.000|-|1.000|1.000|10|", "one seed has no spread"
