@@ -15,7 +15,7 @@ from coconut import Batch
 from config import Config
 from parallel.distributed import ALONE, Group
 from parallel.streams import chunk_bounds, n_streams
-from text.reader import SHOWN, Example, open_source
+from text.reader import SHOWN, Example, open_source, warn_of_marked_steps
 from text.tokenizer import Tokenizer
 from text.tokens import TokenDataset, TokenExample, tokenize, tokenize_cached
 from utils import UserError, warn
@@ -84,9 +84,8 @@ class Curriculum:
     def longest(self, data: TokenDataset) -> np.ndarray:
         """The most positions that each example takes in any epoch of the run [n]; its prompts are never longer."""
         config = self.config
-        epochs = [config.resume] if config.only_eval else range(config.resume, config.num_epochs)
-        scheduled = {self.stage(epoch) for epoch in epochs}
         step_counts = range(int(data.n_steps.max()) + 1)
+        scheduled = self._distinct_stages(step_counts[-1])
         drawn = set(step_counts) if config.uniform_prob else set()
         lengths = np.zeros(len(data), dtype=np.int64)
         for stage in scheduled | drawn:
@@ -95,6 +94,19 @@ class Curriculum:
             reached = (stage in scheduled) | (data.n_steps >= stage)  # a drawn stage is one of 0..number of steps
             lengths = np.maximum(lengths, np.where(reached, data.lengths_from(n_dropped) + n_latents, 0))
         return data.question_lengths + lengths + len(self._thoughts(0))
+
+    def _distinct_stages(self, most_steps: int) -> set[int]:
+        """Stages of the run, without those whose items are as long as, or shorter than, another's.
+
+        All stages past max_latent_stage are alike, and of those with no step left the last has the most latents. So a
+        run of millions of epochs costs no more than a short one.
+        """
+        config, past = self.config, self.config.max_latent_stage + 1
+        first, last = (
+            min(self.stage(epoch), past)
+            for epoch in (config.resume, config.resume if config.only_eval else config.num_epochs - 1)
+        )
+        return {*range(first, min(last, most_steps) + 1), last, max(first, min(last, config.max_latent_stage))}
 
     def _most_replaced(self, n_steps: int) -> int:
         """Steps of an item that thoughts stand for in the last stages."""
@@ -127,6 +139,8 @@ class Data:
             self.tokens = tokenize(self.examples, tokenizer, Path(path).name)
         else:
             self.tokens = tokenize_cached(source, tokenizer, config.token_cache)
+        if keep_texts:  # of the validation set, whose chains are compared
+            warn_of_marked_steps(path, self.examples)
         self.indices = np.arange(len(self.tokens))  # [n] each example's index in the file
         self._leave_out(too_long(self.tokens, curriculum, n_positions, path))
 

@@ -533,6 +533,7 @@ BAD_MODEL_CONFIGS = {
     "quantization: not supported": {"quantization": {"bits": 4}},
     "pruned_heads: not supported": {"pruned_heads": {"0": [1]}},
     "hidden_size 32 and n_embd 16 mean the same": {"hidden_size": 32},
+    "hidden_size 16 and n_embd 16 mean the same": {"hidden_size": 16},
     "n_ctx 64 and n_positions 128 mean the same": {"n_ctx": 64},
     "n_layers: unknown key; did you mean n_layer?": {"n_layers": 2},
     "intermediate_size: unknown key; did you mean n_inner?": {"intermediate_size": 64},
