@@ -105,7 +105,7 @@ def _check_memory(shape: GPT2Config, what: object) -> None:
 
 
 def _config_file(path: Path) -> Path:
-    return path / "config.json" if path.is_dir() else path if path.suffix == ".json" else Path("")
+    return path / "config.json" if path.is_dir() else path
 
 
 def _read_gpt2_config(path: Path) -> GPT2Config:

@@ -221,7 +221,7 @@ def _gpt2_tokenizer() -> Tokenizer:
         if len(ranks) == GPT2_TOKENS:
             return Tokenizer(ranks, "mlx-whisper")
     raise UserError(
-        f"GPT-2's vocabulary was not found: tiktoken has no copy in its cache and cannot download it ({reason}). Connect "
-        "once, or name a file with `tokenizer:` (r50k_base.tiktoken), or `pip install --no-deps mlx-whisper==0.4.3`, which "
-        "contains a copy"
+        "GPT-2's vocabulary was not found: tiktoken has no copy in its cache and cannot download it "
+        f"({reason}). Connect once, or name a file with `tokenizer:` (r50k_base.tiktoken), or "
+        "`pip install --no-deps mlx-whisper==0.4.3`, which contains a copy"
     )
