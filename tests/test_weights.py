@@ -288,8 +288,35 @@ def test_a_repository_that_holds_only_torch_files_is_fetched(tmp_path, monkeypat
     assert [("*.safetensors" in patterns) for patterns in asked] == [True, False, True]
 
 
-def test_a_repository_id_is_found_in_the_hub_cache_offline(reference, words, tmp_path):
-    """huggingface_hub's cache layout, no network: branch and pinned revision."""
+BROKEN_SETTINGS = [
+    {"ALL_PROXY": "socks5://127.0.0.1:9"},
+    {"all_proxy": "socks://127.0.0.1:9"},
+    {"HF_ENDPOINT": "hf-mirror.example"},
+    {"HF_TOKEN": "hf_ä", "PYTHONUTF8": "1"},
+]
+
+
+@pytest.mark.parametrize("setting", BROKEN_SETTINGS, ids=str)
+def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
+    """Proxies, addresses and tokens that are wrong raise errors of libraries far below huggingface_hub."""
+    code = (
+        "from startup import blas; from config import Config; from models.loading import find_source\n"
+        "from utils import UserError\n"
+        "try: find_source(Config(save_path='x', name='x', val_path='x', cot=True, model_id='someone/nothing'))\n"
+        "except UserError as error: print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment |= {"HF_HOME": str(tmp_path)} | setting
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model_id: someone/nothing is not a local folder" in done.stdout
+    assert "HF_ENDPOINT, HF_TOKEN" in done.stdout
+
+
+@pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, *BROKEN_SETTINGS], ids=str)
+def test_a_repository_id_is_found_in_the_hub_cache_without_the_network(setting, reference, words, tmp_path):
+    """huggingface_hub's cache layout, offline or with settings that would break a connection: branch and revision."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--someone--tiny"
     reference.save_pretrained(repository / "snapshots" / revision)
@@ -301,7 +328,10 @@ def test_a_repository_id_is_found_in_the_hub_cache_offline(reference, words, tmp
         "c = Config(save_path='x', name='x', val_path='x', cot=True, **named)\n"
         "print(find_source(c).weights)"
     )
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(key, None)
+    environment |= setting
     for pinned in ("None", repr(revision)):
         done = subprocess.run(
             [sys.executable, "-c", code, pinned], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
