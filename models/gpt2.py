@@ -114,7 +114,7 @@ def _without_aliases(values: dict) -> dict:
     result = {name: value for name, value in values.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         value = values.get(alias)
-        if value is None or (alias == "n_ctx" and value == values.get(name)):
+        if value is None or (alias == "n_ctx" and value == result.get(name)):
             continue
         if name in result:
             raise ValueError(f"{alias} {value!r:.60} and {name} {result[name]!r:.60} mean the same; keep {name}")

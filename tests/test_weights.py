@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from config import Config
 from models.loading import find_source, load_gpt2
-from models.weights import canonical, read_tensors
+from models.weights import canonical, nanogpt_shape, read_tensors
 from scripts import export
 from text.tokenizer import load_tokenizer
 from training.resume import best_checkpoint
@@ -253,6 +253,16 @@ def test_heads_of_nanogpt_that_the_named_config_contradicts(reference, words, tm
     config = make_config(words, "cot", load_model_path=str(path), model_config_path=str(shape))
     with pytest.raises(UserError, match=r"n_head 4, .*shape\.json says 2"):
         find_source(config)
+
+
+def test_model_args_of_nanogpt_that_lack_a_size(reference, tmp_path):
+    """GPT-2 small's number of heads would be taken in its place."""
+    path = nanogpt_checkpoint(reference, tmp_path / "ckpt.pt")
+    found = torch.load(path, weights_only=True)
+    del found["model_args"]["n_head"]
+    torch.save(found, path)
+    with pytest.raises(UserError, match=r"ckpt\.pt: its model_args lack n_head"):
+        nanogpt_shape(path)
 
 
 def test_shards_of_torch_files(reference, words, tmp_path):
