@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import yaml
 
 from methods import METHOD_KEYS, Method, find_method
-from utils import UserError
+from utils import UserError, read_file
 
 REQUIRED = "(required)"
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux; macOS allows fewer in a path
 NULL = "tag:yaml.org,2002:null"
 PATH_KEYS = {  # `~` and environment variables are expanded in these
     "save_path", "model_id", "load_model_path", "model_config_path", "tokenizer", "train_path", "val_path",
@@ -236,7 +238,7 @@ def usage() -> str:
 
 def _read_yaml(path: str, problems: list[str]) -> dict:
     try:
-        loader = yaml.SafeLoader(Path(path).read_bytes().decode("utf-8-sig"))
+        loader = yaml.SafeLoader(read_file(Path(path)).decode("utf-8-sig"))
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             found = _describe(loader.construct_document(node) if node else None)
@@ -252,6 +254,8 @@ def _read_yaml(path: str, problems: list[str]) -> dict:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); a YAML file is expected") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # `!!float "1x"` is a ValueError
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
 
@@ -259,6 +263,8 @@ def _read_yaml(path: str, problems: list[str]) -> dict:
 def _note_repeated_keys(node: yaml.MappingNode, problems: list[str]) -> None:
     lines: dict[str, int] = {}
     for name, _ in node.value:
+        if not isinstance(name, yaml.ScalarNode):
+            raise ValueError(f"line {name.start_mark.line + 1}: expected the name of a key, found a list or a mapping")
         if name.value in lines:
             first, second = lines[name.value], name.start_mark.line + 1
             problems.append(f"{name.value}: given twice, in lines {first} and {second}; keep one")
@@ -285,7 +291,7 @@ def _read_overrides(overrides: typing.Sequence[str], problems: list[str]) -> dic
             continue
         try:
             values[name] = value if _keeps_text(name, value) else yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             values[name] = value
     return values
 
@@ -307,12 +313,26 @@ def _convert(name: str, value, problems: list[str]):
     for wanted in allowed:
         converted = _as_type(value, wanted)
         if converted is not None:
-            if name in PATH_KEYS:
-                converted = os.path.expandvars(os.path.expanduser(converted))
+            if name in PATH_KEYS or name == "name":
+                converted = _as_path(name, converted, problems)
             _check_range(name, converted, problems)
             return converted
     problems.append(f"{name}: expected {type_name(name)}, found {_describe(value)}")
     return None
+
+
+def _as_path(name: str, value: str, problems: list[str]) -> str:
+    """The value with `~` and variables expanded; a problem is noted where no file can have such a name."""
+    try:
+        if "\0" in value:
+            raise ValueError("a null character")
+        path = os.path.expandvars(os.path.expanduser(value)) if name in PATH_KEYS else value
+        if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
+            raise ValueError(f"one of {len(path):,} characters")
+        return path
+    except ValueError as error:  # fsencode's: half a character
+        problems.append(f"{name}: expected a path, found {_one_line(error)}")
+        return value
 
 
 def _as_type(value, wanted: type):
@@ -355,7 +375,7 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
         if isinstance(value, str) and value.startswith(("YOUR_PATH", "PATH_TO")):
             problems.append(f"{name}: still the placeholder {value!r}; put your own path there")
     name = values.get("name") or "run"
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", "..") or "\0" in name:
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
         problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
     _check_method(values, problems)
     if values.get("only_eval"):
@@ -417,7 +437,9 @@ def type_name(name: str) -> str:
 def _describe(value) -> str:
     if value is None:
         return "nothing (None)"
-    return f"{value!r} ({type(value).__name__})"
+    short = reprlib.Repr()
+    short.maxstring, short.maxlevel = 200, 2  # YAML's anchors can make a list of billions of elements
+    return f"{short.repr(value)} ({type(value).__name__})"
 
 
 def _one_line(error: Exception) -> str:

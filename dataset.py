@@ -16,7 +16,7 @@ from coconut import Batch
 from config import Config
 from parallel.distributed import ALONE, Group
 from parallel.streams import chunk_bounds, n_streams
-from text.reader import SHOWN, Example, open_source
+from text.reader import SHOWN, Example, open_source, warn_of_marked_steps
 from text.tokenizer import Tokenizer
 from text.tokens import LAYOUTS, TokenDataset, TokenExample, tokenize, tokenize_cached
 from utils import UserError, warn
@@ -129,9 +129,8 @@ class Curriculum:
     def longest(self, data: TokenDataset) -> np.ndarray:
         """The most positions that each example takes in any epoch of the run [n]; its prompts are never longer."""
         config = self.config
-        epochs = [config.resume] if config.only_eval else range(config.resume, config.num_epochs)
-        scheduled = {self.stage(epoch) for epoch in epochs}
         step_counts = range(int(data.n_steps.max()) + 1)
+        scheduled = self._distinct_stages(step_counts[-1])
         drawn = set(step_counts) if config.uniform_prob else set()
         lengths = np.zeros(len(data), dtype=np.int64)
         for stage in scheduled | drawn:
@@ -145,6 +144,19 @@ class Curriculum:
     def _last_stage(self) -> int:
         """The first stage without written steps."""
         return self.config.max_latent_stage + 1
+
+    def _distinct_stages(self, most_steps: int) -> set[int]:
+        """Stages of the run, without those whose items are as long as, or shorter than, another's.
+
+        All stages past max_latent_stage are alike, and of those with no step left the last has the most latents. So a
+        run of millions of epochs costs no more than a short one.
+        """
+        config, past = self.config, self.config.max_latent_stage + 1
+        first, last = (
+            min(self.stage(epoch), past)
+            for epoch in (config.resume, config.resume if config.only_eval else config.num_epochs - 1)
+        )
+        return {*range(first, min(last, most_steps) + 1), last, max(first, min(last, config.max_latent_stage))}
 
     def _most_replaced(self, n_steps: int) -> int:
         """Steps of an item that thoughts stand for in the last stages."""
@@ -185,6 +197,8 @@ class Data:
             self.tokens = tokenize(self.examples, tokenizer, Path(path).name, config.layout)
         else:
             self.tokens = tokenize_cached(source, tokenizer, config.token_cache, config.layout)
+        if keep_texts:  # of the validation set, whose chains are compared
+            warn_of_marked_steps(path, self.examples)
         self.indices = np.arange(len(self.tokens))  # [n] each example's index in the file
         self._leave_out(too_long(self.tokens, curriculum, n_positions, path))
 

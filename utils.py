@@ -182,7 +182,7 @@ def read_file(path: Path, limit: int = 1 << 26) -> bytes:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise OSError(errno.EFBIG, f"larger than {human_size(limit)}", str(path))
-        return file.read(limit)
+        return file.read()
 
 
 def read_json(path: Path):

@@ -106,13 +106,19 @@ def _check_fixed(values: dict) -> None:
 
 
 def _without_aliases(values: dict) -> dict:
-    """The values with each alias under its own name; raises ValueError where the two differ."""
-    result = dict(values)
+    """The values with each alias under its own name.
+
+    Raises ValueError where both are given: `transformers` takes the alias. n_ctx may stand beside an equal n_positions,
+    as in GPT-2's own file.
+    """
+    result = {name: value for name, value in values.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
-        if alias in result and result[alias] is not None:
-            value = result.pop(alias)
-            if result.setdefault(name, value) != value:
-                raise ValueError(f"{alias} {value!r} and {name} {result[name]!r} mean the same; keep one")
+        value = values.get(alias)
+        if value is None or (alias == "n_ctx" and value == result.get(name)):
+            continue
+        if name in result:
+            raise ValueError(f"{alias} {value!r:.60} and {name} {result[name]!r:.60} mean the same; keep {name}")
+        result[name] = value
     return result
 
 

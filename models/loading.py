@@ -16,7 +16,7 @@ from models.gpt2 import GPT2, GPT2Config
 from models.weights import Tensors, canonical, holds_special_tokens, holds_weights, nanogpt_shape, read_tensors
 from text.reader import raise_if_any
 from text.tokenizer import Tokenizer
-from utils import UserError, human_size, memory_size, read_json, say
+from utils import UserError, human_size, memory_size, read_json, say, warn
 
 HUB_FILES = [
     "config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json",
@@ -120,7 +120,7 @@ def sinusoids(n_positions: int, width: int) -> mx.array:
 
 
 def _config_file(path: Path) -> Path:
-    return path / "config.json" if path.is_dir() else path if path.suffix == ".json" else Path("")
+    return path / "config.json" if path.is_dir() else path
 
 
 def _read_gpt2_config(path: Path) -> GPT2Config:
@@ -145,25 +145,31 @@ def _model_folder(config: Config) -> Path:
         return Path(config.model_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model_id):
         raise UserError(f"model_id: {config.model_id} is neither a folder nor a Hugging Face repository id")
+    cached = _cached_folder(config)
+    if cached and any((cached / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        return cached  # complete: then nothing is asked of the network
     try:
-        return _cached_folder(config) or _fetched_folder(config)
+        return _fetched_folder(config)
     except Exception as error:  # proxies, tokens and addresses that are wrong raise what their libraries like
-        reason = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        if cached:
+            warn(f"model_id: {config.model_id} is taken from Hugging Face's cache; the Hub was not reached ({reason})")
+            return cached
         raise UserError(
             f"model_id: {config.model_id} is not a local folder, not in Hugging Face's cache, and could not be fetched "
-            f"({type(error).__name__}: {reason:.300}). Check the name, the network, and the variables HF_ENDPOINT, "
-            "HF_TOKEN and those of a proxy, or name a folder with config.json and model.safetensors"
+            f"({reason}). Check the name, the network, and the variables HF_ENDPOINT, HF_TOKEN and those of a proxy, "
+            "or name a folder with config.json and model.safetensors"
         ) from error
 
 
 def _cached_folder(config: Config) -> Path | None:
-    """The model's folder in huggingface_hub's cache, where it is complete: then nothing is asked of the network."""
+    """The model's folder in huggingface_hub's cache, where it has a configuration and all weights."""
     from huggingface_hub import snapshot_download  # slow to import, and most runs name a local folder or checkpoint
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(config.model_id, revision=config.model_revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
     return folder if (folder / "config.json").is_file() and holds_weights(folder) else None
 

@@ -82,13 +82,14 @@ def nanogpt_shape(path: Path) -> dict | None:
     """The values of a config.json for a checkpoint of nanoGPT, from its model_args; None for any other file."""
     if not path.is_file() or _format(path) != "torch":
         return None
-    arguments = _load_torch(path).get("model_args")
+    arguments = _load_torch(path, mapped=True).get("model_args")
     if not isinstance(arguments, dict):
         return None
-    shape = {name: arguments[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name in arguments}
-    dropout = arguments.get("dropout", 0.0)
-    shape |= {"n_positions": arguments.get("block_size"), "embd_pdrop": dropout, "attn_pdrop": dropout}
-    return shape | {"resid_pdrop": dropout}
+    names = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": "n_positions"}
+    if missing := [name for name in names if name not in arguments]:
+        raise UserError(f"{path}: its model_args lack {', '.join(missing)}, which say the model's size")
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), arguments.get("dropout", 0.0))
+    return {ours: arguments[name] for name, ours in names.items()} | rates
 
 
 def to_mlx_layout(tensors: Tensors, method: str) -> Tensors:
@@ -231,13 +232,14 @@ def _damaged(path: Path, kind: str, error: Exception) -> UserError:
     return UserError(f"{path}: not a readable {kind} file; damaged or cut off? ({reason:.200})")
 
 
-def _load_torch(path: Path) -> dict:
+def _load_torch(path: Path, mapped: bool = False) -> dict:
+    """What torch.save wrote, or {} where it is no dictionary. mapped: without reading the tensors, where that works."""
     try:
         import torch  # only needed for files saved by PyTorch code
     except ImportError as error:
         raise UserError(f"{path}: saved by PyTorch; `pip install torch` to open it here") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # damaged archives and pickles raise a dozen types
         raise UserError(
             f"{path}: PyTorch cannot open it safely as weights ({' '.join(str(error).split()):.200})"

@@ -28,28 +28,42 @@ def convert_line(line):
     }
 
 
-def lines_without(mark, path):
-    """List the lines of the file that lack the mark, with their numbers."""
+def read_lines(path):
+    """Yield the lines of the file, without a byte-order mark, which would become part of the first question."""
+    with open(path, encoding="utf-8-sig") as file:
+        yield from file
+
+
+def lines_where(is_wrong, path):
+    """List the lines of the file for which is_wrong(line), with their numbers."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return [f"line {n:,}: {line.strip()[:60]!r}" for n, line in enumerate(file, 1) if mark not in line]
+        return [f"line {n:,}: {line.strip()[:60]!r}" for n, line in enumerate(read_lines(path), 1) if is_wrong(line)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
+def splits_wrongly(line):
+    """Whether the official rules cut a question or a step apart: `||` in it, or spaces in or beside a step."""
+    fields = line.split("||")
+    steps = convert_line(line)["steps"]
+    return len(fields) > 2 or (len(steps) > 1 and any(not (s.startswith("<<") and s.endswith(">>")) for s in steps))
+
+
 def check_lines(path):
-    """Raise a DataError for text of another form. Warn of lines without '##', which the official rules accept."""
-    if wrong := lines_without("||", path):
+    """Raise a DataError for text of another form. Warn of lines that the official rules accept, but convert oddly."""
+    if wrong := lines_where(lambda line: "||" not in line, path):
         raise DataError(
             f"{path}: found {describe(path)}.\n  expected lines 'question||steps #### answer'; "
             f"{len(wrong):,} have no '||':\n{listed(wrong)}"
         )
-    if doubtful := lines_without("##", path):
-        print(
-            f"warning: {path}: {len(doubtful):,} lines have no '##'; by the official rules, the whole line is the "
-            f"answer:\n{listed(doubtful)}",
-            file=sys.stderr,
-        )
+    oddities = {
+        "have no '##'; by the official rules, the whole line is the answer": lambda line: "##" not in line,
+        "hold '||' twice, or spaces in or beside a step; by the official rules, a question ends at the first '||', "
+        "steps at the next, and each space ends a step": splits_wrongly,
+    }
+    for what, is_odd in oddities.items():
+        if found := lines_where(is_odd, path):
+            print(f"warning: {path}: {len(found):,} lines {what}:\n{listed(found)}", file=sys.stderr)
 
 
 def convert(split):
@@ -60,8 +74,7 @@ def convert(split):
     if raw.stat().st_size == 0:
         raise DataError(f"{raw}: an empty file. Delete it and run 'bash preprocessing/gsm_icot.bash'.")
     check_lines(raw)
-    with open(raw, encoding="utf-8") as file:
-        return converted, write_json(map(convert_line, file), converted)
+    return converted, write_json(map(convert_line, read_lines(raw)), converted)
 
 
 def main():

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from config import Config
-from text.reader import Example, read_examples
+from text.reader import Example, read_examples, steps_with_mark
 from text.tokenizer import load_tokenizer
 from text.tokens import TokenDataset, tokenize
 from utils import command_parser, exit_status, say
@@ -36,6 +36,7 @@ def describe(path: str, vocabulary: str | None, n_positions: int, max_new_tokens
         describe_lengths(data, n_positions),
         describe_longest(data, examples),
         describe_answers(data, limit),
+        describe_marks(examples),
         describe_duplicates(examples),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -90,6 +91,16 @@ def describe_answers(data: TokenDataset, limit: int) -> list[str]:
         f"longer than max_new_tokens {limit:,}, so that they can never be correct",
         f"  answers alone                       {int((alone > limit).sum()):9,}  (longest {alone.max():,} tokens)",
         f"  answers after all their steps, cot  {int((with_steps > limit).sum()):9,}  (longest {with_steps.max():,})",
+    ]
+
+
+def describe_marks(examples: list[Example]) -> list[str]:
+    """How many items can never count in eval/cot_em, and the first of them."""
+    found = steps_with_mark(examples)
+    first = f"  (the first is item {found[0]})" if found else ""
+    return [
+        "`#` in a step, where a generated chain ends, so that cot_match can never be true",
+        f"  items                               {len(found):9,}{first}",
     ]
 
 

@@ -6,6 +6,7 @@ hold. {t} stands for the run's folder.
 
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -111,6 +112,63 @@ def yaml_number_is_none(t):
 def yaml_date_is_none(t):
     """A value that looks like a date, and is none: PyYAML raises ValueError."""
     return t.write("date.yaml", t.config(debug=...).read_text() + "\ndebug: 2024-13-45\n")
+
+
+@case("{t}/deep.yaml: not valid YAML: it is nested too deeply")
+def yaml_is_nested_deeply(t):
+    return t.write("deep.yaml", "name: " + "[" * 20_000)
+
+
+@case("{t}/keys.yaml: not valid YAML: line 1: expected the name of a key")
+def yaml_key_is_a_list(t):
+    return t.write("keys.yaml", "? [a, b]\n: c\n")
+
+
+@case("lr: expected a number, found [[[...]")
+def yaml_anchors_make_billions_of_elements(t):
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 13)), "lr: *a12"]
+    return t.write("laugh.yaml", t.config(lr=...).read_text() + "\n".join(lines))
+
+
+@case("{t}/pipe: cannot read the configuration (not a regular file)")
+def config_is_a_pipe(t):
+    os.mkfifo(t.folder / "pipe")
+    return t.folder / "pipe"
+
+
+@case("/dev/zero: cannot read the configuration (not a regular file)")
+def config_is_a_device(t):
+    return "/dev/zero"
+
+
+def path_of_a_kind(key, value, expected):
+    CASES[f"{key}_is_{value[:9]!a}"] = (
+        lambda t: t.config(**{key: value}),
+        (f"{key}: expected a path, found {expected}",),
+    )
+
+
+for path_key in ("save_path", "name", "model_id", "load_model_path", "model_config_path", "tokenizer", "train_path"):
+    path_of_a_kind(path_key, "~a\0b", "a null character")
+    path_of_a_kind(path_key, "x" * 300, "one of 300 characters")
+    path_of_a_kind(path_key, "half \ud800", "'utf-8' codec can't encode")
+
+
+def path_is_a_pipe(key):
+    def build(t):
+        os.mkfifo(t.folder / "pipe")
+        return t.config(**{key: t.folder / "pipe"})
+
+    CASES[f"{key}_is_a_pipe"] = (build, ("{t}/pipe", "not a regular file"))
+
+
+for path_key in ("train_path", "val_path", "tokenizer", "load_model_path", "model_config_path"):
+    path_is_a_pipe(path_key)
+
+
+@case("lr", "[[[")
+def override_is_nested_deeply(t):
+    return [t.config(), "lr=" + "[" * 5000]
 
 
 @case("lr", "!!float")
@@ -533,6 +591,7 @@ BAD_MODEL_CONFIGS = {
     "quantization: not supported": {"quantization": {"bits": 4}},
     "pruned_heads: not supported": {"pruned_heads": {"0": [1]}},
     "hidden_size 32 and n_embd 16 mean the same": {"hidden_size": 32},
+    "hidden_size 16 and n_embd 16 mean the same": {"hidden_size": 16},
     "n_ctx 64 and n_positions 128 mean the same": {"n_ctx": 64},
     "n_layers: unknown key; did you mean n_layer?": {"n_layers": 2},
     "intermediate_size: unknown key; did you mean n_inner?": {"intermediate_size": 64},

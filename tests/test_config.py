@@ -199,7 +199,7 @@ def test_only_eval_needs_weights_but_no_training_data(load):
     assert load(fresh, "load_model_path=checkpoint_3").only_eval
 
 
-@pytest.mark.parametrize("name", [".", "./", "..", "../other", "a/../..", "../../x", "/tmp/x", "a/../../b", "a\0b"])
+@pytest.mark.parametrize("name", [".", "./", "..", "../other", "a/../..", "../../x", "/tmp/x", "a/../../b"])
 def test_a_name_stays_inside_save_path(name, load):
     [problem] = problems_of(load, OFFICIAL_COT, f"name={name}")
     assert problem.startswith("name: expected a folder inside save_path, found")

@@ -222,6 +222,18 @@ def test_no_thoughts_without_curriculum_is_no_cot():
         assert_same(batches_of(one, epoch, small_set()), batches_of(other, epoch, small_set()))
 
 
+def test_a_billion_epochs_cost_no_more_than_a_few():
+    """Both where most of them are past max_latent_stage and where each is a stage of its own."""
+    data = tokens_of([Example("q", ["x" * 40, "zz"], "a")])
+
+    def longest(max_latent_stage, num_epochs):
+        config = make_config(max_latent_stage=max_latent_stage, num_epochs=num_epochs)
+        return Curriculum(config, TOKENIZER).longest(data).item()
+
+    assert longest(3, 10**9) == longest(3, 6)
+    assert longest(10**9, 10**9) == longest(10**9, 10**9 - 1) + 1
+
+
 def test_an_evaluation_looks_at_its_own_stage_alone():
     data = tokens_of([Example("q", ["x" * 40, "y" * 40, "zz"], "a")])
     config = make_config(c_thought=5, max_latent_stage=9, num_epochs=9, only_eval=True, resume=2)

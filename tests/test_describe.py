@@ -97,6 +97,16 @@ def test_duplicates(report):
     ]
 
 
+def test_a_mark_inside_a_step(report, tmp_path):
+    """Where a generated chain ends: its match can never be true."""
+    path = tmp_path / "marks.json"
+    path.write_text(json.dumps([ITEMS[0], ITEMS[0] | {"steps": ["No. #1"]}]))
+    for file, expected in ((str(path), "items 1 (the first is item 1)"), (None, "items 0")):
+        lines = report(path=file) if file else report()
+        title = next(i for i, line in enumerate(lines) if line.startswith("`#` in a step"))
+        assert lines[title + 1] == expected
+
+
 def test_bad_data_is_status_2_and_one_message(vocabulary, tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text('[{"question": "", "steps": "a"}]')

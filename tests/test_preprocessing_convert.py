@@ -75,6 +75,22 @@ def test_gsm_line_without_answer_is_converted_with_a_warning(here):
     assert "1 lines have no '##'" in done.stderr and "line 2" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "line", ["Is |a||b| 6?||<<2*3=6>>", "B?||<<1 + 1 = 2>>", "B?||<<1=1>>  <<1=1>>", "B?||add them"]
+)
+def test_gsm_line_that_the_official_rules_cut_apart_is_told(line, here):
+    """`||` in a question, spaces in a step or beside it: the conversion stays official, and the line is named."""
+    assert gsm(here, "A?||<<1+1=2>> #### 2\nA?|| #### 2\n")[1].stderr == ""
+    converted, done = gsm(here, f"A?||<<1+1=2>> <<1+1=2>> #### 2\n{line} #### 6\n")
+    assert "1 lines hold '||' twice, or spaces in or beside a step" in done.stderr and "line 2: " in done.stderr
+    assert len(json.loads(converted)) == 2
+
+
+def test_gsm_byte_order_mark_is_left_out(here):
+    """It would become the first character of the first question."""
+    assert json.loads(gsm(here, "\ufeffA?||<<1+1=2>> #### 2\n")[0])[0]["question"] == "A?"
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (None, "not found. Run 'bash preprocessing/gsm_icot.bash'"),
     (b"", "an empty file"),

@@ -1,7 +1,10 @@
 """Reading data sets: every format gives the same examples, and errors name the file, the index and the key."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text.reader import Example, open_source, read_examples
+from text import reader
+from text.reader import Example, open_source, read_examples, warn_of_marked_steps
 from utils import UserError
 
+ROOT = Path(__file__).parents[1]
 PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 ITEM = {"question": "What is 1 + 2?", "steps": ["<<1+2=3>>"], "answer": "3"}
 EXAMPLE = Example("What is 1 + 2?", ["<<1+2=3>>"], "3")
@@ -125,6 +130,16 @@ NOT_DATA = {
     "UTF-16": ("[1]".encode("utf-16"), "byte 0 is not UTF-8"),
     "gzip cut off": (gzip.compress(as_list([ITEM]))[:-10], "damaged gzip file"),
     "gzip damaged": (b"\x1f\x8b" + b"x" * 50, "damaged gzip file"),
+    "Parquet": (b"PAR1" + b"x" * 50, "a Parquet file; expected JSON. To use it, put it into a folder of its own"),
+    "Arrow": (
+        b"\xff\xff\xff\xff\x10\x00",
+        "an Arrow file; expected JSON. To use it, name the folder that save_to_disk",
+    ),
+    "zstd": (b"\x28\xb5\x2f\xfd" + b"x" * 50, "a zstd file; expected JSON. To use it, unpack it with `unzstd FILE`"),
+    "xz": (lzma.compress(as_list([ITEM])), "an xz file; expected JSON. To use it, unpack it with `unxz FILE`"),
+    "bzip2": (bz2.compress(as_list([ITEM])), "a bzip2 file; expected JSON. To use it, unpack it with `bunzip2 FILE`"),
+    "zip": (b"PK\x03\x04" + b"x" * 50, "a zip archive; expected JSON. To use it, unpack it with `unzip FILE`"),
+    "tar, gzipped": (gzip.compress(b"\0" * 257 + b"ustar"), "a tar archive; expected JSON. To use it, unpack it"),
     "gzip, bits flipped": (gzip.compress(as_list([ITEM]))[:10] + b"\xff" * 40, "damaged gzip file"),
 }
 
@@ -161,6 +176,34 @@ def test_a_path_with_braces_is_named(write):
     """Messages are not built with str.format, which would interpret braces of the path."""
     assert message(write([{}], "a{0}{b}{}.json")).startswith("3 problems in 1 items\n  - item 0: question is missing")
     assert message(write(b'{"question": \n', "a{b}.jsonl")).startswith("not JSON Lines, 1 problem\n  - line 1: ")
+
+
+def test_a_gzip_file_that_would_fill_the_memory_is_refused(write, monkeypatch):
+    """A few megabytes can unpack to terabytes: reading stops as soon as that shows."""
+    monkeypatch.setattr(reader, "BOMB_BYTES", 1 << 20)
+    assert "unpack to over" in message(write(gzip.compress(b" " * (1 << 23))))
+
+
+def test_devices_and_pipes_are_refused_at_once(tmp_path):
+    """Reading them may never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe")):
+        assert message(path).startswith("cannot read the data (not a regular file)")
+
+
+def test_a_file_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "memory_size", lambda: 1000)
+    (tmp_path / "large.json").write_bytes(b" " * 1001)
+    assert message(str(tmp_path / "large.json")).startswith("cannot read the data (larger than 1 kB)")
+
+
+def test_a_mark_inside_a_step_is_told(capsys):
+    """A generated chain of thought ends before its first `#`, so it can never equal such steps."""
+    examples = [EXAMPLE, EXAMPLE._replace(steps=["a", "No. #1"])]
+    warn_of_marked_steps("valid.json", examples)
+    assert "valid.json: 1 of 2 items have `#` in a step (items 1)" in capsys.readouterr().err
+    warn_of_marked_steps("valid.json", examples[:1])
+    assert not capsys.readouterr().err
 
 
 def test_a_file_has_no_splits(write, tmp_path, monkeypatch):
@@ -275,6 +318,52 @@ def test_rows_are_checked_and_hashed_like_items(datasets, tmp_path):
 
 def test_a_data_set_of_the_hub_that_cannot_be_opened_is_named(datasets):
     assert "nobody/nothing: the package datasets cannot open it" in failure("nobody/nothing:train")
+
+
+@pytest.fixture
+def cached_set(datasets):
+    """A data set of the Hub, as it lies in the cache of `datasets` after a first use: its name."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "someone___sums", "default", "0.0.0", "0123456789abcdef")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = rows(datasets)
+    with datasets.arrow_writer.ArrowWriter(path=str(folder / "sums-train.arrow"), features=table.features) as writer:
+        writer.write_table(table.data.table)
+        writer.finalize()
+    split = {"name": "train", "num_bytes": 1, "num_examples": 2, "dataset_name": "sums"}
+    info = {"builder_name": "json", "dataset_name": "sums", "config_name": "default", "splits": {"train": split}}
+    info |= {"version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0}}
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"features": table.features.to_dict()}))
+    return "someone/sums"
+
+
+BROKEN_SETTINGS = {
+    "ALL_PROXY": "socks5://127.0.0.1:9",
+    "all_proxy": "socks://127.0.0.1:9",
+    "HF_ENDPOINT": "hf-mirror.example",
+    "HF_TOKEN": "hf_ä",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_SETTINGS)
+def test_a_cached_data_set_needs_no_network_and_any_other_is_one_message(name, datasets, cached_set):
+    """Proxies, addresses and tokens that are wrong raise errors of libraries far below `datasets`."""
+    code = (
+        "import sys, datasets; from pathlib import Path; from text.reader import *; from utils import UserError\n"
+        "datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])\n"
+        "print(len(read_examples(sys.argv[2] + ':train')))\n"
+        "try: read_examples('nobody/nothing:train')\n"
+        "except UserError as error: print(error)"
+    )
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    command = [sys.executable, "-c", code, str(datasets.config.HF_DATASETS_CACHE), cached_set]
+    environment |= {name: BROKEN_SETTINGS[name], "PYTHONUTF8": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, message = done.stdout.splitlines()
+    assert count == "2"
+    assert message.startswith("nobody/nothing: the package datasets cannot open it (")
 
 
 def failure(path: str) -> str:

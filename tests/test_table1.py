@@ -251,7 +251,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 def theirs(model, tmp_path_factory):
     """The same weights in transformers' GPT-2."""
     folder = tmp_path_factory.mktemp("oracle")
-    shape = model.transformer.config.to_dict()
+    shape = model.transformer.config.to_dict(TOKENIZER.eos_id)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, attn_implementation="eager")).eval()
     mx.save_safetensors(str(folder / "m.safetensors"), dict(tree_flatten(model.parameters())))
     missing = theirs.load_state_dict(safetensors_torch.load_file(folder / "m.safetensors"), strict=False)

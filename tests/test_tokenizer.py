@@ -1,6 +1,7 @@
 """GPT-2's tokenizer: where it is found, how it encodes text, and its errors for damaged files."""
 
 import json
+import os
 import types
 from itertools import pairwise
 
@@ -47,6 +48,7 @@ def hugging_face_files(tokenizer):
     tokens = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
     merges = [" ".join(map(spelled, split_of(token, ranks))) for token in tokens]
     combined = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    combined["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return json.dumps(vocab), "#version: 0.2\n" + "\n".join(merges) + "\n", json.dumps(combined)
 
 
@@ -242,6 +244,8 @@ DAMAGED_FOLDERS = {
     "no model": {"tokenizer.json": "{}"},
     "another kind of model": {"tokenizer.json": json.dumps({"model": {"type": "WordLevel", "vocab": {}}})},
     "not an object": {"tokenizer.json": "[]"},
+    "nested deeply": {"tokenizer.json": "[" * 200_000},
+    "settings are a list": {"vocab.json": SMALL_VOCAB, "merges.txt": "# #\n", "tokenizer_config.json": "[]"},
 }
 
 
@@ -252,6 +256,127 @@ def test_damaged_folder_is_one_error_that_names_it(name, tmp_path):
     with pytest.raises(UserError) as caught:
         load_tokenizer(None, tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A byte-level BPE that the package `tokenizers` has trained, as its JSON text."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers as the reference")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator([text * 9 for text in TEXTS], trainer)
+    return model.to_str()
+
+
+CHANGES = {
+    "nothing": {},
+    "trim_offsets": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}},
+    "end of text and a padding token": {
+        "added_tokens": [
+            {"id": 300, "content": "<|endoftext|>", "special": True},
+            {"id": 301, "content": "<|start-latent|>", "special": False},
+            {"id": 304, "content": "[PAD]", "special": True},
+        ]
+    },
+    "add_prefix_space": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+    "use_regex": {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    },
+    "no pre_tokenizer": {"pre_tokenizer": None},
+    "another pre_tokenizer": {"pre_tokenizer": {"type": "Whitespace"}},
+    "a sequence of pre_tokenizers": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+            ],
+        }
+    },
+    "a normalizer": {"normalizer": {"type": "Lowercase"}},
+    "an added token of a text": {"added_tokens": [{"id": 300, "content": "stickers", "special": False}]},
+    "an added token of the vocabulary": {"added_tokens": [{"id": 0, "content": "ead", "special": True}]},
+    "end of text elsewhere": {"added_tokens": [{"id": 305, "content": "<|endoftext|>", "special": True}]},
+    "a token before every text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}},
+        }
+    },
+    "dropout": {"model": {"dropout": 0.9}},
+}
+EQUAL = ("nothing", "trim_offsets", "end of text and a padding token")
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tokenizer_json_gives_the_ids_of_the_package_tokenizers_or_is_refused(name, trained, tmp_path):
+    """Refused are settings with which the package returns other ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    content, changes = json.loads(trained), dict(CHANGES[name])
+    content["model"].update(changes.pop("model", {}))
+    content.update(changes)
+    content["added_tokens"] = [ADDED | token for token in content["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain = tokenizers.Tokenizer.from_str(trained)
+    if name in EQUAL:
+        ours = load_tokenizer(str(tmp_path))
+        assert all(ours.encode(text) == theirs.encode(text).ids for text in TEXTS)
+        return
+    if name != "end of text elsewhere":  # only there the ids of texts are the same
+        assert any(plain.encode(text).ids != theirs.encode(text).ids for text in TEXTS)
+    with pytest.raises(UserError, match="splits text in another way than GPT-2's") as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["add_prefix_space", "add_bos_token"])
+def test_settings_beside_the_vocabulary_count_too(setting, hugging_face_files, tmp_path):
+    """transformers reads tokenizer_config.json and tokenizer.json also where vocab.json is there."""
+    for name, content in zip(("vocab.json", "merges.txt", "tokenizer.json"), hugging_face_files, strict=True):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({setting: False}))
+    assert load_tokenizer(None, tmp_path).eos_id == 50256
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({setting: True}))
+    with pytest.raises(UserError, match=f"tokenizer_config.json has {setting}"):
+        load_tokenizer(None, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    content = json.loads(hugging_face_files[2]) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="a normalizer, NFC"):
+        load_tokenizer(None, tmp_path)
+
+
+@pytest.mark.parametrize("error", [ImportError("socksio"), AssertionError("unknown scheme"), OSError("no network")])
+def test_whatever_the_download_raises_the_next_source_is_asked(error, monkeypatch):
+    """A wrong proxy raises what its library likes."""
+
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"vocabulary was not found.*{error}"):
+        load_tokenizer(None)
+
+
+def test_a_tokenizer_json_named_as_a_word_list(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is named by its folder"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("name", ["pipe.json", "pipe.tiktoken"])
+def test_a_pipe_is_refused_at_once(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="not a regular file"):
+        load_tokenizer(str(tmp_path / name))
 
 
 def test_named_file_or_folder_without_a_vocabulary(tmp_path):

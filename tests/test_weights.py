@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from config import Config
 from models.loading import find_source, load_gpt2
-from models.weights import canonical, read_tensors
+from models.weights import canonical, nanogpt_shape, read_tensors
 from scripts import export
 from text.tokenizer import load_tokenizer
 from training.resume import best_checkpoint
@@ -267,6 +267,16 @@ def test_heads_of_nanogpt_that_the_named_config_contradicts(reference, words, tm
         find_source(config)
 
 
+def test_model_args_of_nanogpt_that_lack_a_size(reference, tmp_path):
+    """GPT-2 small's number of heads would be taken in its place."""
+    path = nanogpt_checkpoint(reference, tmp_path / "ckpt.pt")
+    found = torch.load(path, weights_only=True)
+    del found["model_args"]["n_head"]
+    torch.save(found, path)
+    with pytest.raises(UserError, match=r"ckpt\.pt: its model_args lack n_head"):
+        nanogpt_shape(path)
+
+
 def test_shards_of_torch_files(reference, words, tmp_path):
     """pytorch_model.bin.index.json and its parts, as older versions of transformers saved large models."""
     state = list(reference.state_dict().items())
@@ -300,26 +310,57 @@ def test_a_repository_that_holds_only_torch_files_is_fetched(tmp_path, monkeypat
     assert [("*.safetensors" in patterns) for patterns in asked] == [True, False, True]
 
 
-def test_a_repository_id_is_found_in_the_hub_cache_offline(reference, words, tmp_path):
-    """huggingface_hub's cache layout, no network: branch and pinned revision."""
+BROKEN_SETTINGS = [
+    {"ALL_PROXY": "socks5://127.0.0.1:9"},
+    {"all_proxy": "socks://127.0.0.1:9"},
+    {"HF_ENDPOINT": "hf-mirror.example"},
+    {"HF_TOKEN": "hf_ä", "PYTHONUTF8": "1"},
+]
+
+
+@pytest.mark.parametrize("setting", BROKEN_SETTINGS, ids=str)
+def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
+    """Proxies, addresses and tokens that are wrong raise errors of libraries far below huggingface_hub."""
+    code = (
+        "from startup import blas; from config import Config; from models.loading import find_source\n"
+        "from utils import UserError\n"
+        "try: find_source(Config(save_path='x', name='x', val_path='x', cot=True, model_id='someone/nothing'))\n"
+        "except UserError as error: print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment |= {"HF_HOME": str(tmp_path)} | setting
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model_id: someone/nothing is not a local folder" in done.stdout
+    assert "HF_ENDPOINT, HF_TOKEN" in done.stdout
+
+
+@pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, *BROKEN_SETTINGS], ids=str)
+def test_a_repository_id_is_found_in_the_hub_cache_without_the_network(setting, tmp_path):
+    """huggingface_hub's cache layout, offline or with settings that would break a connection: branch and revision."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--someone--tiny"
-    reference.save_pretrained(repository / "snapshots" / revision)
+    shape = transformers.GPT2Config(n_positions=8, n_embd=4, n_layer=1, n_head=1, vocab_size=9)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(repository / "snapshots" / revision)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     code = (
         "import sys; from startup import blas; from config import Config; from models.loading import find_source\n"
-        "named = dict(model_id='someone/tiny', model_revision=eval(sys.argv[1]))\n"
-        "c = Config(save_path='x', name='x', val_path='x', cot=True, **named)\n"
-        "print(find_source(c).weights)"
+        "for revision in (None, sys.argv[1]):\n"
+        "    named = dict(model_id='someone/tiny', model_revision=revision)\n"
+        "    print(find_source(Config(save_path='x', name='x', val_path='x', cot=True, **named)).weights)"
     )
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    for pinned in ("None", repr(revision)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, pinned], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    command = [sys.executable, "-c", code, revision]
+    environment |= {"HF_HOME": str(tmp_path)} | setting
+    for with_tokenizer in (False, True):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip().endswith(revision)
+        assert [Path(line).name for line in done.stdout.split()] == [revision] * 2
+        if "HF_HUB_OFFLINE" not in setting:  # a complete copy asks nothing of the Hub
+            assert ("the Hub was not reached" in done.stderr) == (not with_tokenizer)
+        (repository / "snapshots" / revision / "vocab.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")

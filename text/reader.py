@@ -7,6 +7,7 @@ its content, not by its name.
 
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -16,10 +17,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from text.tokenizer import SPECIAL_TOKENS
-from utils import UserError, can_redraw
+from utils import UserError, can_redraw, human_size, memory_size, read_file, warn
 
 KEYS = ("question", "answer", "steps")
 SHOWN = 10  # problems listed in one message
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200  # a gzipped file that unpacks to more than both is no text
+IN_A_FOLDER = "put it into a folder of its own and name the folder, which the package datasets opens"
+FOREIGN = (  # first bytes of files of other kinds, what they are, and what to do with them
+    (b"PAR1", "a Parquet file", IN_A_FOLDER),
+    (b"ARROW1", "an Arrow file", IN_A_FOLDER),
+    (b"\xff\xff\xff\xff", "an Arrow file", f"name the folder that save_to_disk wrote, or {IN_A_FOLDER}"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with `unzstd FILE`"),
+    (b"\xfd7zXZ\x00", "an xz file", "unpack it with `unxz FILE`"),
+    (b"BZh", "a bzip2 file", "unpack it with `bunzip2 FILE`"),
+    (b"PK\x03\x04", "a zip archive", "unpack it with `unzip FILE`, and name the file in it"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it, and name the file in it"),
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -67,7 +80,7 @@ def open_source(path: str) -> Source:
             raise UserError(f"{path}: {name} is a file and has no splits; leave out `:{split}`")
         return Source(path, _rows(name, split))
     try:
-        return Source(path, Path(path).read_bytes())
+        return Source(path, read_file(Path(path), limit=memory_size()))
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -79,6 +92,21 @@ def open_source(path: str) -> Source:
 def read_examples(path: str, limit: int | None = None) -> list[Example]:
     """Open a data set and return its checked examples; see open_source and Source.examples."""
     return open_source(path).examples(limit)
+
+
+def steps_with_mark(examples: list[Example]) -> list[int]:
+    """Indices of items with `#` in a step: a generated chain ends before its first `#`, so cot_match is never true."""
+    return [index for index, example in enumerate(examples) if any("#" in step for step in example.steps)]
+
+
+def warn_of_marked_steps(path: str, examples: list[Example]) -> None:
+    """Warn of items whose chain of thought cannot be matched; their answers can."""
+    if found := steps_with_mark(examples):
+        shown = ", ".join(map(str, found[:SHOWN])) + (", ..." if len(found) > SHOWN else "")
+        warn(
+            f"{path}: {len(found):,} of {len(examples):,} items have `#` in a step (items {shown}): a chain of thought "
+            "ends before the first `#`, so their cot_match, and eval/cot_em, can never be true for them"
+        )
 
 
 def raise_if_any(problems: list[str], before: str, after: str = "") -> None:
@@ -110,12 +138,35 @@ def _parse(path: str, content: bytes) -> list:
 def _decode(path: str, content: bytes) -> str:
     try:
         if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+            content = _unpacked(path, content)
+        _refuse_foreign(path, content)
         return content.decode("utf-8-sig")  # -sig: without the byte-order mark
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file ({error}); download or create it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def _unpacked(path: str, content: bytes) -> bytes:
+    """The content of a gzip file. Raises UserError for a file that would fill the memory, as soon as that shows."""
+    result = io.BytesIO()
+    with gzip.open(io.BytesIO(content)) as file:
+        while chunk := file.read(1 << 22):
+            result.write(chunk)
+            size = result.tell()
+            if size > BOMB_BYTES and size > BOMB_RATIO * len(content):
+                raise UserError(
+                    f"{path}: {human_size(len(content))} unpack to over {human_size(size)}; no data set does"
+                )
+    return result.getvalue()
+
+
+def _refuse_foreign(path: str, content: bytes) -> None:
+    for head, what, remedy in FOREIGN:
+        if content.startswith(head):
+            raise UserError(f"{path}: {what}; expected JSON. To use it, {remedy}")
+    if content[257:262] == b"ustar":
+        raise UserError(f"{path}: a tar archive; expected JSON. To use it, unpack it with `tar -xf FILE`")
 
 
 def _parse_lines(path: str, text: str) -> list:
@@ -212,8 +263,11 @@ def _rows(name: str, split: str | None) -> list[dict]:
         datasets.disable_progress_bars()
     try:
         found = _open_with(datasets, name, split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name}: the package datasets cannot open it ({' '.join(str(error).split())})") from error
+    except Exception as error:  # beside its own errors, what a proxy, a token or an address that is wrong raises
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: the package datasets cannot open it ({type(error).__name__}: {reason:.500})"
+        ) from error
     if isinstance(found, dict):
         if len(found) > 1:
             raise UserError(f"{name}: name one of its splits, as in {name}:{next(iter(found))} ({', '.join(found)})")
@@ -233,4 +287,18 @@ def _open_with(datasets, name: str, split: str | None):
         if split not in found:
             raise ValueError(f"there is no split {split}; it has {', '.join(found)}")
         return found[split]
+    if not folder.is_dir() and (cached := _cached(datasets, name, split)) is not None:
+        return cached
     return datasets.load_dataset(name, split=split)
+
+
+def _cached(datasets, name: str, split: str | None):
+    """A data set of the Hub from the cache of `datasets`, without the network; None where it is not there."""
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True  # the switch that the package's own functions read
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError):  # a ConnectionError where nothing is cached
+        return None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline

