@@ -104,8 +104,11 @@ def output_directory(config: Config) -> Path:
     return config.run_dir
 
 
-def load(config: Config, group: Group = ALONE) -> Run:
-    """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
+def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
+    """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights.
+
+    keep_texts: read the training set's texts too, past the token cache, which is then not written.
+    """
     saved = _find_saved(config)
     source = find_source(config, saved.path if saved else _best_of_named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)
@@ -123,7 +126,7 @@ def load(config: Config, group: Group = ALONE) -> Run:
     valid = Data(config.val_path, curriculum, n_positions, debug_limit=32)
     train = None
     if not config.only_eval:
-        train = Data(config.train_path, curriculum, n_positions, debug_limit=5000, keep_texts=False)
+        train = Data(config.train_path, curriculum, n_positions, debug_limit=5000, keep_texts=keep_texts)
         warn_of_shared_questions(train, valid)
     contents = content_digests(config, train, valid)
     if saved:
