@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from training.curves import FORMATS, draw, read_curves
-from utils import UserError
+from utils import UserError, warn
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's directory")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="where to write the picture")
     options = parser.parse_args(arguments)
+    options.runs = _without_strangers(options.runs)
     path = options.output or _default_output(options.runs)
     try:
         if path.suffix not in FORMATS:
@@ -39,6 +40,19 @@ def main(arguments: list[str]) -> int:
         return 2
     print(path)
     return 0
+
+
+def _without_strangers(paths: list[Path]) -> list[Path]:
+    """The runs among several paths, as a shell's pattern names them: files and folders without metrics are left out."""
+    strangers = [path for path in paths if path.exists() and not _is_run(path)]
+    if not strangers or len(strangers) == len(paths):
+        return paths
+    warn(f"no run's directory, left out: {', '.join(map(str, strangers))}")
+    return [path for path in paths if path not in strangers]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").is_file() or (path.suffix == ".jsonl" and path.is_file())
 
 
 def _names(runs: list[Path]) -> list[str]:

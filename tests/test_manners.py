@@ -198,7 +198,8 @@ def on_a_terminal(command, cwd, **environment) -> str:
 def test_a_terminal_gets_bars_without_colors(environment, trial, tmp_path):
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
     shown = on_a_terminal(command, trial.folder, **environment)
-    assert re.search(r"\rEpoch 1/1.*100%", shown)
+    assert re.search(r"\rEpoch 1/1, stage 0: 100% \[.*loss=\d+\.\d+, [\d,]+ tok/s, [\d.]+ [kMG]B\]", shown)
+    assert max(len(line) for line in re.split(r"[\r\n]", shown) if line.startswith("Epoch")) <= 80
     assert not re.search(r"\x1b\[[0-9;]*m", shown)
 
 

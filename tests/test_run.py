@@ -159,7 +159,7 @@ def test_the_screen_tells_what_runs_and_how_it_went(finished):
         "checkpoint_3",
     ):
         assert text in outcome.out
-    for text in ("Epoch 3/3, stage 2", "loss=", "tokens_per_s="):
+    for text in ("Epoch 3/3, stage 2", "loss=", " tok/s, "):
         assert text in outcome.err
 
 

@@ -74,7 +74,7 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
         records = read_records(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the metrics ({error.strerror}); is {run} a run's directory?") from error
-    evaluations = [record for record in records if record.keys() >= EVALUATION]
+    evaluations = _one_per_epoch([record for record in records if record.keys() >= EVALUATION])
     steps = [record for record in records if record.keys() >= TRAINING]
     if not (evaluations or steps):
         raise UserError(f"{path}: holds no losses yet")
@@ -83,8 +83,15 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
         training=_bin_means(steps),
         losses=[(record["epoch"], record["eval/loss"]) for record in evaluations],
         accuracies=[(record["epoch"], record["eval/acc"]) for record in evaluations],
-        stages=_stages(evaluations + steps, _max_latent_stage(path.with_name("config.yaml"))),
+        stages=_stages(evaluations + steps, _max_latent_stage(path.with_name("config.yaml"))) if steps else [],
     )
+
+
+def _one_per_epoch(evaluations: list[dict]) -> list[dict]:
+    """The evaluations in the order of their epochs, of each the last; with only_eval, those of the data seen last."""
+    own = [record for record in evaluations if record.get("data") == evaluations[-1].get("data")]
+    by_epoch = {record["epoch"]: record for record in own}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
 def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
@@ -103,6 +110,7 @@ def _matplotlib_of_our_own():
 
     Everything else that it raises (a matplotlibrc that is not text, no fonts) becomes UserError.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides its notes on caches and fonts
     try:
         with patch.dict(os.environ):
             os.environ.pop("MPLBACKEND", None)  # the import fails where it names no backend
@@ -121,7 +129,7 @@ def _matplotlib_of_our_own():
 def make_figure(runs: list[Curves], title: str | None = None):
     """Draw accuracy above and loss below, over epochs. Training losses are drawn only for a single run.
 
-    Returns a matplotlib Figure; raises UserError if matplotlib is not installed.
+    Returns a matplotlib Figure.
     """
     is_single = len(runs) == 1
     figure, (above, below) = _panels()
@@ -152,11 +160,8 @@ def _add_legend(figure, panel) -> None:
 
 
 def _panels():
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides its notes on caches and fonts
-    try:
-        from matplotlib.figure import Figure  # slow to import; unlike pyplot it needs no display and no global state
-    except ImportError as error:
-        raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
+    from matplotlib.figure import Figure  # slow to import; unlike pyplot it needs no display and no global state
+
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for panel in axes:
