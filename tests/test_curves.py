@@ -174,6 +174,22 @@ def test_whatever_drawing_raises_is_one_warning(error, tmp_path, monkeypatch, ca
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl"}
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_matplotlib_that_cannot_be_imported_is_one_message(content, tmp_path):
+    """Its settings are not text, or it is not installed."""
+    logged(tmp_path / "run", [0, 1])
+    if content:
+        (tmp_path / "matplotlibrc").write_bytes(content)
+    else:
+        (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    command = [sys.executable, "-m", "scripts.plot", "run"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    expected = "matplotlib failed (UnicodeDecodeError" if content else "matplotlib is not installed; install it with"
+    assert expected in done.stderr.splitlines()[-1]
+
+
 BAD = {
     "nothing": "is nothing a run's directory?",
     "empty": "holds no losses yet",
