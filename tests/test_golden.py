@@ -159,7 +159,7 @@ def test_greedy_answers_are_the_official_ones(
     outcome = call_main(yaml_file)
     assert outcome.status == 0, outcome.err
     predictions = json_lines(tmp_path / name / f"predictions_{case['stage']}.jsonl")
-    [record] = json_lines(tmp_path / name / "debug" / "metrics.jsonl")
+    [record] = json_lines(tmp_path / name / "metrics.jsonl")
 
     assert [p["output_ids"] for p in predictions] == [o["new_ids"] for o in case["outputs"]]
     assert sum(p["correct"] for p in predictions) == case["correct"] > 0
