@@ -170,6 +170,12 @@ def test_help_needs_neither_docstrings_nor_an_open_stdout(script, trial):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+def test_output_without_an_encoding_stays_as_it_is(tmp_path):
+    """That of a notebook, where `%run run.py` starts a command."""
+    code = "import io, sys\nsys.stdout = io.StringIO()\nfrom startup import signals\nsignals.at_once()\n"
+    assert signalled(code, tmp_path).returncode == 0
+
+
 def test_a_deleted_working_directory_is_one_message(trial, tmp_path):
     (tmp_path / "gone").mkdir()
     command = f"cd '{tmp_path}/gone' && rmdir ../gone && '{sys.executable}' '{ROOT}/run.py' '{trial.folder}/trial.yaml'"

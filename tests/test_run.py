@@ -330,6 +330,16 @@ def test_only_eval_without_resume_repeats_every_checkpoints_own_evaluation(finis
         assert without(ABOUT_KEYS, found) == jsonl(tiny.runs / "tiny" / f"predictions_{number}.jsonl")
 
 
+@pytest.mark.parametrize(("metadata", "epoch"), [
+    ({"epoch": 3}, 2), ({"epoch": 0}, 0),
+    ({"epoch": 3, "position": {"epoch": 3, "step": 5}}, 3),  # in the middle of the fourth epoch
+    ({"epoch": 3, "position": {"epoch": 2, "step": 9}}, 2),  # the third is trained, not yet validated
+    ({"epoch": 3, "position": {"epoch": 3, "step": 0}}, 2),
+])  # fmt: skip
+def test_the_epoch_that_weights_were_trained_in_last(metadata, epoch):
+    assert ckpt.trained_epoch(metadata) == epoch
+
+
 def test_the_resume_of_a_training_run_is_not_that_of_its_evaluation(finished, call_main, tmp_path):
     """`run.py RUN/config.yaml only_eval=True load_model_path=RUN`: the file's `resume: 0` skipped no epochs."""
     run = finished[0].runs / "tiny"

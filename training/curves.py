@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
-from unittest.mock import patch
 
 import yaml
 
@@ -112,9 +111,7 @@ def _matplotlib_of_our_own():
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides its notes on caches and fonts
     try:
-        with patch.dict(os.environ):
-            os.environ.pop("MPLBACKEND", None)  # the import fails where it names no backend
-            import matplotlib
+        matplotlib = _import_matplotlib()
         defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name}
         with matplotlib.rc_context(defaults):
             yield
@@ -124,6 +121,17 @@ def _matplotlib_of_our_own():
         raise UserError(f"matplotlib is not installed; install it with `{INSTALL}`") from error
     except Exception as error:
         raise UserError(f"matplotlib failed ({type(error).__name__}: {' '.join(str(error).split()):.200})") from error
+
+
+def _import_matplotlib():
+    """The module, imported without MPLBACKEND: the import fails where that names no backend."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ.update(MPLBACKEND=backend)
+    return matplotlib
 
 
 def make_figure(runs: list[Curves], title: str | None = None):
