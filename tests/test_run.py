@@ -330,6 +330,17 @@ def test_only_eval_without_resume_repeats_every_checkpoints_own_evaluation(finis
         assert without(ABOUT_KEYS, found) == jsonl(tiny.runs / "tiny" / f"predictions_{number}.jsonl")
 
 
+def test_only_eval_without_resume_repeats_the_loss_of_a_method_without_thoughts_too(tiny, call_main):
+    """Its stages drop steps, up to max_latent_stage."""
+    assert call_main(tiny.config(coconut=False, no_thoughts=True, num_epochs=3)).status == 0
+    [expected] = [r for r in tiny.records() if r["epoch"] == 3 and "eval/loss" in r]
+    keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / "checkpoint_3", "max_latent_stage": 1}
+    outcome = call_main(tiny.config("eval.yaml", name="again", coconut=False, no_thoughts=True, **keys))
+    assert outcome.status == 0, outcome.err
+    [record] = tiny.records("again")
+    assert (record["stage"], record["eval/loss"]) == (2, pytest.approx(expected["eval/loss"], rel=1e-6))
+
+
 @pytest.mark.parametrize(("metadata", "epoch"), [
     ({"epoch": 3}, 2), ({"epoch": 0}, 0),
     ({"epoch": 3, "position": {"epoch": 3, "step": 5}}, 3),  # in the middle of the fourth epoch

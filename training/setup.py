@@ -21,6 +21,10 @@ from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
 from utils import UserError, say, warn, write_text
 
+# What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
+THOUGHT_KEYS = ("c_thought", "max_latent_stage", "pad_latent_to_max")
+STAGE_KEYS = ("epochs_per_stage", "uniform_prob", "seed")  # the stage of an epoch, and those drawn for its items
+
 
 @dataclass(frozen=True)
 class Run:
@@ -214,11 +218,11 @@ def trains_no_thought(curriculum: Curriculum, first_epoch: int, n_steps: Iterabl
 def thoughts_of(values: Mapping) -> dict:
     """The keys of a configuration that decide what a trained model thinks, and their values.
 
-    An evaluation compares its own with those in the checkpoint's metadata; a new key that changes thoughts belongs
-    here. values: key -> value; a key that an old checkpoint does not have counts as its default.
+    An evaluation compares its own with those in the checkpoint's metadata. values: key -> value; a key that an old
+    checkpoint does not have counts as its default.
     """
     method = next(name for name in METHODS if values.get(name))
-    keys = ("c_thought", "max_latent_stage", "pad_latent_to_max") if METHODS[method].thinks else ()
+    keys = THOUGHT_KEYS if METHODS[method].thinks else ()
     return {"method": method} | {name: values.get(name, FIELDS[name].default) for name in keys}
 
 
@@ -235,8 +239,8 @@ def as_trained(config: Config, folder: Path) -> Config:
         own = thoughts_of(config.to_dict()).get(name, value)
         if own != value:
             say(f"note: {name}: {value}, as {folder} was trained, not {own}; with `resume` given, yours would count")
-    keys = (*METHODS, *thoughts_of(trained), "epochs_per_stage", "uniform_prob", "seed")
-    taken = {name: trained.get(name, FIELDS[name].default) for name in keys if name in FIELDS}
+    keys = (*METHODS, *THOUGHT_KEYS, *STAGE_KEYS)
+    taken = {name: trained.get(name, FIELDS[name].default) for name in keys}
     return replace(config, resume=trained_epoch(metadata), **taken)
 
 
