@@ -51,7 +51,7 @@ class Config:
         words=("auto", "online", "offline", "off"),
     )
     only_eval: bool = key("load a model and evaluate it once on val_path; no training", False)
-    debug: bool = key("first 5,000 training and 32 validation items, into debug/; no wandb, no checkpoints", False)
+    debug: bool = key("first 5,000 training and 32 validation items, no wandb, no checkpoints", False)
     seed: int = key("seed of shuffling, dropout and fresh weights", 0, at_least=0, at_most=2**32 - 1)
 
     # Method: exactly one of the four is True

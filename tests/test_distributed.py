@@ -318,13 +318,13 @@ def test_several_ranks_take_the_steps_of_one_process(method, n, tiny, call_main)
     assert out.count(f"group: {n} ranks") == 1
     assert others == [(0, "", "")] * (n - 1), "rank 0 alone prints"
 
-    one, several = tiny.records("alone/debug"), tiny.records("group/debug")
+    one, several = tiny.records("alone"), tiny.records("group")
     for name, count in (("train/loss", 20), ("eval/loss", 10)):
         expected = [record[name] for record in one if name in record]
         assert len(expected) == count
         assert [record[name] for record in several if name in record] == pytest.approx(expected, rel=1e-5)
     for epoch in range(1, 11):
-        ours, theirs = (tiny.runs / name / "debug" / f"predictions_{epoch}.jsonl" for name in ("group", "alone"))
+        ours, theirs = (tiny.runs / name / f"predictions_{epoch}.jsonl" for name in ("group", "alone"))
         assert ours.read_text() == theirs.read_text()
     assert [p["idx"] for p in map(json.loads, ours.read_text().splitlines())] == list(range(7))
 

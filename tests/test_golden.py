@@ -115,7 +115,7 @@ def test_training_is_the_official_one(name, golden, golden_model, gpt2_vocabular
 
     outcome = call_main(yaml_file)
     assert outcome.status == 0, outcome.err
-    records = json_lines(tmp_path / name / "debug" / "metrics.jsonl")
+    records = json_lines(tmp_path / name / "metrics.jsonl")
     tolerance = 2e-3 if case["reset_optimizer"] else 1e-5
     for ours, official in (("train/loss", "train_loss"), ("eval/loss", "eval_loss_one_batch")):
         found = [(r["epoch"], r["stage"], r[ours]) for r in records if ours in r]

@@ -184,9 +184,8 @@ def test_debug_limits_the_data_and_keeps_no_checkpoints(tiny, call_main):
     outcome = call_main(tiny.config(debug=True, num_epochs=1, val_path=valid))
     assert outcome.status == 0, outcome.err
     written = {"config.yaml", "metrics.jsonl", "first_batch.txt", "curves.png", "predictions_1.jsonl"}
-    assert names(tiny.runs / "tiny") == {"debug"}
-    assert names(tiny.runs / "tiny" / "debug") == written
-    assert len(jsonl(tiny.runs / "tiny" / "debug" / "predictions_1.jsonl")) == 32
+    assert names(tiny.runs / "tiny") == written
+    assert len(jsonl(tiny.runs / "tiny" / "predictions_1.jsonl")) == 32
 
 
 def test_debug_under_the_name_of_a_run_leaves_that_run_alone(tiny, call_main):
@@ -226,8 +225,8 @@ def test_save_only_improve_keeps_the_epochs_of_a_new_best_accuracy(tiny, call_ma
 def test_a_run_without_checkpoints_starts_over_and_writes_its_metrics_anew(tiny, call_main):
     for _ in range(2):
         assert call_main(tiny.config(debug=True, num_epochs=1)).status == 0
-    assert [r["train/step"] for r in tiny.records("tiny/debug") if "train/loss" in r] == [0, 1]
-    assert [r["epoch"] for r in tiny.records("tiny/debug") if "eval/loss" in r] == [1]
+    assert [r["train/step"] for r in tiny.records() if "train/loss" in r] == [0, 1]
+    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tiny, call_main):

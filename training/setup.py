@@ -97,14 +97,13 @@ def _remove_unused(made: list[Path]) -> None:
 
 
 def output_directory(config: Config) -> Path:
-    """save_path/name; in it debug/ with `debug`, and only_eval/ for an evaluation under the name of a training run."""
+    """save_path/name; under the name of a training run its folder debug/ with `debug`, only_eval/ for an evaluation."""
     for folder in (config.run_dir, *config.run_dir.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
-    if config.debug:
-        return config.run_dir / "debug"
-    if config.only_eval and config.run_dir.is_dir() and resume.holds_training(config.run_dir):
-        return config.run_dir / "only_eval"
+    apart = "debug" if config.debug else "only_eval" if config.only_eval else None
+    if apart and config.run_dir.is_dir() and resume.holds_training(config.run_dir):
+        return config.run_dir / apart
     return config.run_dir
 
 
