@@ -127,12 +127,15 @@ class Progress(tqdm):
     The bar has no colors, so it complies with NO_COLOR.
     """
 
+    NARROW = "{desc}: {percentage:.0f}% [{elapsed}<{remaining}{postfix}]"  # what fits into 80 columns
     PLAIN = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def __init__(self, *args, **kwargs):
         self.plain = not can_redraw()
         if self.plain:
             kwargs.update(mininterval=30, bar_format=self.PLAIN)
+        elif os.get_terminal_size(sys.stderr.fileno()).columns < 110:
+            kwargs.update(bar_format=self.NARROW)
         super().__init__(*args, dynamic_ncols=not self.plain, disable=signals.silent, **kwargs)
         if self.plain and not self.disable:
             self._decr_instances(self)  # otherwise say and warn would move the cursor to clear and redraw it

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from training.curves import FORMATS, draw, read_curves
-from utils import UserError, command_parser, exit_status, say
+from utils import UserError, command_parser, exit_status, say, warn
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's directory")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="where to write the picture")
     options = parser.parse_args(arguments)
-    return exit_status(lambda: plot(options.runs, options.output or _default_output(options.runs)))
+    runs = _without_strangers(options.runs)
+    return exit_status(lambda: plot(runs, options.output or _default_output(runs)))
 
 
 def plot(runs: list[Path], path: Path) -> None:
@@ -36,6 +37,19 @@ def plot(runs: list[Path], path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot write it ({error.strerror})") from error
     say(str(path))
+
+
+def _without_strangers(paths: list[Path]) -> list[Path]:
+    """The runs among several paths, as a shell's pattern names them: files and folders without metrics are left out."""
+    strangers = [path for path in paths if path.exists() and not _is_run(path)]
+    if not strangers or len(strangers) == len(paths):
+        return paths
+    warn(f"no run's directory, left out: {', '.join(map(str, strangers))}")
+    return [path for path in paths if path not in strangers]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").is_file() or (path.suffix == ".jsonl" and path.is_file())
 
 
 def _names(runs: list[Path]) -> list[str]:

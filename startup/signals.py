@@ -43,7 +43,8 @@ def _keep_output_open() -> None:
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  stays open to the end
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has no encoding of its own
+            stream.reconfigure(errors="backslashreplace")
 
 
 def announce(text: str) -> None:

@@ -76,6 +76,37 @@ def test_an_evaluation_alone_is_a_point_with_space_around_it(epoch, tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["validation"]
 
 
+def test_evaluations_of_several_checkpoints_and_data_sets_are_one_curve(tmp_path):
+    """An only_eval folder: in any order, some twice, of two data files. The last file counts, and each epoch's last."""
+    lines = [(8, "test", 0.8), (2, "valid", 0.1), (8, "valid", 0.7), (4, "valid", 0.4), (2, "valid", 0.2)]
+    records = [{"eval/loss": 1.0, "eval/acc": a, "epoch": e, "stage": e, "data": data} for e, data, a in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    curves = read_curves(tmp_path)
+    assert curves.accuracies == [(2, 0.2), (4, 0.4), (8, 0.7)]
+    figure = make_figure([curves])
+    assert figure.axes[1].get_xlim() == (1.5, 8.5) and stage_texts(figure) == []
+
+
+def test_files_between_the_runs_of_a_pattern_are_skipped(tmp_path, monkeypatch, capsys):
+    """`python -m scripts.plot runs/demo/seed_0/*` also names table.txt and demo.png."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        logged(tmp_path / name, [0, 1])
+    (tmp_path / "table.txt").write_text("a table")
+    (tmp_path / "demo.png").write_bytes(b"\x89PNG")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "log.jsonl").write_bytes((tmp_path / "a" / "metrics.jsonl").read_bytes())
+    drawn = []
+    monkeypatch.setattr("scripts.plot.draw", lambda runs, path: drawn.extend(run.name for run in runs))
+    assert main(["a", "b", "demo.png", "empty", "log.jsonl", "table.txt"]) == 0
+    printed = capsys.readouterr()
+    assert drawn == ["a", "b", tmp_path.name] and printed.out == "comparison.png\n"
+    assert printed.err == "warning: no run's directory, left out: demo.png, empty, table.txt\n"
+    assert main(["a", "nowhere"]) == 2
+    assert main(["a", "table.txt"]) == 0
+    assert main(["table.txt"]) == 2
+
+
 def test_narrow_stages_show_only_numbers_and_only_if_they_fit(tmp_path):
     """Fifty epochs with six short stages; the numbers of sixty stages would overlap."""
     run = logged(tmp_path / "narrow", [*range(6), *[6] * 44])

@@ -364,7 +364,7 @@ def test_an_evaluation_is_shared_out(n_valid, tiny, call_main):
     assert (status, other) == (0, (0, "", "")), err
     (one,), (several,) = tiny.records("alone"), tiny.records("group")
     assert several["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-6)
-    texts = [(tiny.runs / name / "predictions_0.jsonl").read_text() for name in ("alone", "group")]
+    texts = [(tiny.runs / name / "predictions_1.jsonl").read_text() for name in ("alone", "group")]
     assert texts[0] == texts[1] and texts[0].count("\n") == n_valid
     assert f"/{n_valid} = " in out and f"/{n_valid} = " in alone.out
 

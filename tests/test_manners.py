@@ -172,6 +172,12 @@ def test_help_needs_neither_docstrings_nor_an_open_stdout(script, trial):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+def test_output_without_an_encoding_stays_as_it_is(tmp_path):
+    """That of a notebook, where `%run run.py` starts a command."""
+    code = "import io, sys\nsys.stdout = io.StringIO()\nfrom startup import signals\nsignals.at_once()\n"
+    assert signalled(code, tmp_path).returncode == 0
+
+
 def test_a_deleted_working_directory_is_one_message(trial, tmp_path):
     (tmp_path / "gone").mkdir()
     command = f"cd '{tmp_path}/gone' && rmdir ../gone && '{sys.executable}' '{ROOT}/run.py' '{trial.folder}/trial.yaml'"
@@ -200,7 +206,8 @@ def on_a_terminal(command, cwd, **environment) -> str:
 def test_a_terminal_gets_bars_without_colors(environment, trial, tmp_path):
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
     shown = on_a_terminal(command, trial.folder, **environment)
-    assert re.search(r"\rEpoch 1/1.*100%", shown)
+    assert re.search(r"\rEpoch 1/1, stage 0: 100% \[.*loss=\d+\.\d+, [\d,]+ tok/s, [\d.]+ [kMG]B\]", shown)
+    assert max(len(line) for line in re.split(r"[\r\n]", shown) if line.startswith("Epoch")) <= 80
     assert not re.search(r"\x1b\[[0-9;]*m", shown)
 
 

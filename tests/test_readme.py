@@ -31,7 +31,7 @@ ROOMS = ("models", "text", "training", "parallel", "startup", "analysis", "scrip
 # Names of files that runs, scripts and other programs write, or that stand for the reader's own.
 MADE = {"metrics.jsonl", "curves.png", "coconut.json", "first_batch.txt", "wandb_id.txt", "only_eval/", "config.yaml"}
 MADE |= {"mine.yaml", "hosts.json", "5hop_0shot_random.json", "vocab.json", "merges.txt", "config.json", ".json"}
-MADE |= {"checkpoint_12.pt", "tokenizer.json"}
+MADE |= {"checkpoint_12.pt", "tokenizer.json", "debug/", "predictions_N.jsonl"}
 
 
 def key_row(name: str) -> str:

@@ -15,6 +15,7 @@ from coconut import Coconut
 from config import FIELDS, load_config
 from models import gpt2
 from startup import blas  # noqa: F401  before mlx
+from text import tokens
 from training import checkpoint as ckpt
 from training import step, trainer
 
@@ -171,7 +172,7 @@ def test_the_screen_tells_what_runs_and_how_it_went(finished):
         "checkpoint_3",
     ):
         assert text in outcome.out
-    for text in ("Epoch 3/3, stage 2", "loss=", "tokens_per_s="):
+    for text in ("Epoch 3/3, stage 2", "loss=", " tok/s, "):
         assert text in outcome.err
 
 
@@ -354,6 +355,27 @@ def test_only_eval_without_resume_repeats_every_checkpoints_own_evaluation(finis
         assert without(ABOUT_KEYS, found) == jsonl(tiny.runs / "tiny" / f"predictions_{number}.jsonl")
 
 
+def test_only_eval_without_resume_repeats_the_loss_of_a_method_without_thoughts_too(tiny, call_main):
+    """Its stages drop steps, up to max_latent_stage."""
+    assert call_main(tiny.config(coconut=False, no_thoughts=True, num_epochs=3)).status == 0
+    [expected] = [r for r in tiny.records() if r["epoch"] == 3 and "eval/loss" in r]
+    keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / "checkpoint_3", "max_latent_stage": 1}
+    outcome = call_main(tiny.config("eval.yaml", name="again", coconut=False, no_thoughts=True, **keys))
+    assert outcome.status == 0, outcome.err
+    [record] = tiny.records("again")
+    assert (record["stage"], record["eval/loss"]) == (2, pytest.approx(expected["eval/loss"], rel=1e-6))
+
+
+@pytest.mark.parametrize(("metadata", "epoch"), [
+    ({"epoch": 3}, 2), ({"epoch": 0}, 0),
+    ({"epoch": 3, "position": {"epoch": 3, "step": 5}}, 3),  # in the middle of the fourth epoch
+    ({"epoch": 3, "position": {"epoch": 2, "step": 9}}, 2),  # the third is trained, not yet validated
+    ({"epoch": 3, "position": {"epoch": 3, "step": 0}}, 2),
+])  # fmt: skip
+def test_the_epoch_that_weights_were_trained_in_last(metadata, epoch):
+    assert ckpt.trained_epoch(metadata) == epoch
+
+
 def test_the_resume_of_a_training_run_is_not_that_of_its_evaluation(finished, call_main, tmp_path):
     """`run.py RUN/config.yaml only_eval=True load_model_path=RUN`: the file's `resume: 0` skipped no epochs."""
     run = finished[0].runs / "tiny"
@@ -477,6 +499,43 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tiny, call_main):
     assert "nothing was written" in outcome.out
     assert call_main(tiny.config(train_path=tiny.folder / "nowhere.json"), "--dry-run").status == 2
     assert not tiny.runs.exists()
+
+
+def test_a_dry_run_times_the_first_stage_and_the_most_expensive_one(tiny, call_main):
+    """And the evaluations: greedy decoding costs more than training where batches are small."""
+    outcome = call_main(tiny.config(num_epochs=4), "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert re.search(r"^time:  \d+\.\d\d s a step at stage 0 and \d+\.\d\d s a step at stage 2, so", outcome.out, re.M)
+    assert re.search(r"^ +and up to \d+ seconds of evaluation \(\d+ seconds each,", outcome.out, re.M)
+    assert re.search(r"^memory: ", outcome.out, re.M)
+    only = call_main(tiny.config(num_epochs=1), "--dry-run").out
+    assert "s a step at stage 0, so" in only
+
+
+def test_a_dry_run_writes_no_token_cache(tiny, call_main, monkeypatch):
+    monkeypatch.setattr(tokens, "MIN_CACHED_BYTES", 0)
+    cache = tiny.folder / "cache"
+    assert call_main(tiny.config(num_epochs=1, token_cache=cache), "--dry-run").status == 0
+    assert not cache.exists()
+    assert call_main(tiny.config(num_epochs=1, token_cache=cache)).status == 0
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_dry_run_of_an_evaluation_says_what_it_would_do(finished, call_main, tmp_path):
+    tiny, _ = finished
+    keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / "checkpoint_2", "save_path": tmp_path}
+    outcome = call_main(tiny.config("eval.yaml", **keys), "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert "eval:  stage 1, method coconut" in outcome.out and "time:  up to" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_thoughts_is_warned_of(tiny, call_main):
+    """At the start and in a dry run."""
+    for words in (["--dry-run"], []):
+        outcome = call_main(tiny.config(num_epochs=1, max_latent_stage=0), *words)
+        assert "warning: coconut: this run trains no thought: c_thought is 1, max_latent_stage 0" in outcome.err
+    assert "trains no thought" not in call_main(tiny.config(name="b"), "--dry-run").err
 
 
 def test_a_dry_run_leaves_a_finished_run_alone(finished, call_main):

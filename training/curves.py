@@ -72,7 +72,7 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
         records = read_records(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the metrics ({error.strerror}); is {run} a run's directory?") from error
-    evaluations = [record for record in records if record.keys() >= EVALUATION]
+    evaluations = _one_per_epoch([record for record in records if record.keys() >= EVALUATION])
     steps = [record for record in records if record.keys() >= TRAINING]
     if not (evaluations or steps):
         raise UserError(f"{path}: holds no losses yet")
@@ -81,8 +81,15 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
         training=_bin_means(steps),
         losses=[(record["epoch"], record["eval/loss"]) for record in evaluations],
         accuracies=[(record["epoch"], record["eval/acc"]) for record in evaluations],
-        stages=_stages(evaluations + steps, _max_latent_stage(path.with_name("config.yaml"))),
+        stages=_stages(evaluations + steps, _max_latent_stage(path.with_name("config.yaml"))) if steps else [],
     )
+
+
+def _one_per_epoch(evaluations: list[dict]) -> list[dict]:
+    """The evaluations in the order of their epochs, of each the last; with only_eval, those of the data seen last."""
+    own = [record for record in evaluations if record.get("data") == evaluations[-1].get("data")]
+    by_epoch = {record["epoch"]: record for record in own}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
 def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
@@ -110,7 +117,7 @@ def drawing(path: Path):
 def make_figure(runs: list[Curves], title: str | None = None):
     """Draw accuracy above and loss below, over epochs. Training losses are drawn only for a single run.
 
-    Returns a matplotlib Figure; raises UserError if matplotlib is not installed.
+    Returns a matplotlib Figure.
     """
     is_single = len(runs) == 1
     figure, (above, below) = _panels()

@@ -4,8 +4,10 @@ import time
 from itertools import groupby, islice
 
 import mlx.core as mx
+import numpy as np
 
-from dataset import training_batches
+from dataset import count_batches, loss_batches, prompt_batches, training_batches
+from models.precision import compute_dtype, computing_in
 from training.setup import Run, evaluation_line, load, print_summary, warn_of_other_thoughts
 from training.step import TrainStep, group_batches, new_optimizer
 from utils import UserError, human_size, human_time, say
@@ -15,7 +17,7 @@ def show_plan(config, blas: str, group) -> None:
     """Check everything and print what would happen; writes nothing into the run directory."""
     run, problem = None, None
     try:
-        run = load(config, group)
+        run = load(config, group, keep_texts=True)  # the token cache is not written
         print_summary(run, run.directory, blas)
     except UserError as error:
         problem = error
@@ -24,13 +26,17 @@ def show_plan(config, blas: str, group) -> None:
         warn_of_other_thoughts(run, run.curriculum.stage(run.config.resume))
         say(f"plan:  evaluate {len(run.valid):,} items once")
         say(evaluation_line(run))
+        seconds = measured_evaluation(run, run.config.resume)
+        say(f"time:  up to {human_time(seconds)}, where all answers are as long as they may be")
+        say("nothing was written")
         return
     n_items = config.batch_size_training * config.gradient_accumulation_steps * group.world_size
     say(f"plan:  {run.steps_per_epoch:,} optimizer steps an epoch, of {n_items} items each")
     for line in stage_lines(run):
         say(line)
     if run.first_epoch < config.num_epochs:
-        say(measured_step(run))
+        for line in estimate_lines(run):
+            say(line)
     say("nothing was written")
 
 
@@ -66,23 +72,61 @@ def _removal(run: Run, epochs: list[int]) -> str:
     return f"{_range({first, last})} tokens of each chain removed"
 
 
-def measured_step(run: Run) -> str:
-    """Time and memory of one optimizer step at the first epoch's stage (the second of two: the first warms up)."""
+def estimate_lines(run: Run) -> list[str]:
+    """Time and memory of the run, measured at its first stage and at that with the most thoughts, the most expensive.
+
+    Between the two a step's time is taken to grow with the thoughts.
+    """
+    epochs = range(run.first_epoch, run.config.num_epochs)
+    first, most = epochs[0], max(epochs, key=lambda epoch: _most_latents(run, epoch))
     mx.reset_peak_memory()
-    config, epoch = run.config, run.first_epoch
+    seconds = {_most_latents(run, epoch): measured_step(run, epoch) for epoch in dict.fromkeys((first, most))}
+    counts = sorted(seconds)
+    step_seconds = [np.interp(_most_latents(run, epoch), counts, [seconds[n] for n in counts]) for epoch in epochs]
+    shown = " and ".join(
+        f"{seconds[_most_latents(run, epoch)]:.2f} s a step at stage {run.curriculum.stage(epoch)}"
+        for epoch in dict.fromkeys((first, most))
+    )
+    evaluation = measured_evaluation(run, most)
+    return [
+        f"time:  {shown}, so about {human_time(sum(step_seconds) * run.steps_per_epoch)} of training",
+        f"       and up to {human_time(evaluation * len(epochs))} of evaluation ({human_time(evaluation)} each, where "
+        "all answers are as long as they may be)",
+        f"memory: {human_size(mx.get_peak_memory())} at its peak",
+    ]
+
+
+def measured_step(run: Run, epoch: int) -> float:
+    """Seconds of an optimizer step in an epoch (the second of two: the first warms up)."""
+    config = run.config
     step = TrainStep(run.model, new_optimizer(run.model, config), config, run.group)
     batches = training_batches(run.train.tokens, run.curriculum, epoch, run.group)
     seconds = 0.0
     for number, micro_batches in enumerate(islice(group_batches(batches, config), 2)):
         started = time.perf_counter()
-        step(micro_batches, epoch, number, config.lr)
+        step(micro_batches, epoch, number, 0.0)  # a learning rate of 0 leaves the weights as they are
         seconds = time.perf_counter() - started
-    total = seconds * run.steps_per_epoch * (config.num_epochs - epoch)
-    stage, memory = run.curriculum.stage(epoch), human_size(mx.get_peak_memory())
-    return (
-        f"time:  {seconds:.2f} s a step at stage {stage}, about {human_time(total)} of training, without evaluation\n"
-        f"memory: {memory} at its peak"
-    )
+    return seconds
+
+
+def measured_evaluation(run: Run, epoch: int) -> float:
+    """Seconds that an evaluation at an epoch's stage takes, from one batch of the loss and one of answers."""
+    config, data, curriculum = run.config, run.valid.tokens, run.curriculum
+    run.model.eval()
+    started = time.perf_counter()
+    with computing_in(run.model, compute_dtype(config.bf16)):
+        mx.eval(run.model(next(loss_batches(data, curriculum, epoch)).to_mlx()))
+        middle = time.perf_counter()
+        _, prompts = next(prompt_batches(data, curriculum, curriculum.stage(epoch)))
+        run.model.generate(prompts.to_mlx(), config.answer_limit, eos_id=-1)
+    answers = (time.perf_counter() - middle) * -(-len(data) // config.batch_size_eval)
+    return (answers + (middle - started) * count_batches(len(data), config)) / run.group.world_size
+
+
+def _most_latents(run: Run, epoch: int) -> int:
+    """The most thoughts of a training item in an epoch, without those that uniform_prob draws."""
+    stage = run.curriculum.stage(epoch)
+    return max(run.curriculum.training_counts(stage, n)[1] for n in set(run.train.tokens.n_steps.tolist()))
 
 
 def _range(counts: set[int]) -> str:

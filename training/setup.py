@@ -21,6 +21,11 @@ from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
 from utils import UserError, say, warn, write_text
 
+# What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
+THOUGHT_KEYS = ("c_thought", "max_latent_stage", "pad_latent_to_max")
+# The stage of an epoch, and those drawn for its items.
+STAGE_KEYS = ("curriculum", "epochs_per_stage", "tokens_per_epoch", "uniform_prob", "seed")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -103,8 +108,11 @@ def output_directory(config: Config) -> Path:
     return config.run_dir
 
 
-def load(config: Config, group: Group = ALONE) -> Run:
-    """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights."""
+def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
+    """Read data and weights: latest checkpoint of the run directory > load_model_path > model_id > fresh weights.
+
+    keep_texts: read the training set's texts too, past the token cache, which is then not written.
+    """
     saved = _find_saved(config)
     source = find_source(config, saved.path if saved else _best_of_named_run(config))
     tokenizer = load_tokenizer(config.tokenizer, source.folder)
@@ -123,7 +131,7 @@ def load(config: Config, group: Group = ALONE) -> Run:
     valid = Data(config.val_path, curriculum, n_positions, debug_limit=32)
     train = None
     if not config.only_eval:
-        train = Data(config.train_path, curriculum, n_positions, debug_limit=5000, keep_texts=False)
+        train = Data(config.train_path, curriculum, n_positions, debug_limit=5000, keep_texts=keep_texts)
         warn_of_shared_questions(train, valid)
         curriculum.limit_removal(train.tokens)
     contents = content_digests(config, train, valid)
@@ -212,11 +220,11 @@ def trains_no_thought(curriculum: Curriculum, first_epoch: int, n_steps: Iterabl
 def thoughts_of(values: Mapping) -> dict:
     """The keys of a configuration that decide what a trained model thinks, and their values.
 
-    An evaluation compares its own with those in the checkpoint's metadata; a new key that changes thoughts belongs
-    here. values: key -> value; a key that an old checkpoint does not have counts as its default.
+    An evaluation compares its own with those in the checkpoint's metadata. values: key -> value; a key that an old
+    checkpoint does not have counts as its default.
     """
     method = next(name for name in METHOD_KEYS if values.get(name))
-    keys = ("c_thought", "max_latent_stage", "pad_latent_to_max") if method == "coconut" else ()
+    keys = THOUGHT_KEYS if method == "coconut" else ()
     return {"method": method} | {name: values.get(name, FIELDS[name].default) for name in keys}
 
 
@@ -233,16 +241,8 @@ def as_trained(config: Config, folder: Path) -> Config:
         own = thoughts_of(config.to_dict()).get(name, value)
         if own != value:
             say(f"note: {name}: {value}, as {folder} was trained, not {own}; with `resume` given, yours would count")
-    keys = (
-        *METHOD_KEYS,
-        *thoughts_of(trained),
-        "curriculum",
-        "epochs_per_stage",
-        "tokens_per_epoch",
-        "uniform_prob",
-        "seed",
-    )
-    taken = {name: trained.get(name, FIELDS[name].default) for name in keys if name in FIELDS}
+    keys = (*METHOD_KEYS, *THOUGHT_KEYS, *STAGE_KEYS)
+    taken = {name: trained.get(name, FIELDS[name].default) for name in keys}
     return replace(config, resume=trained_epoch(metadata), **taken)
 
 

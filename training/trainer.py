@@ -95,12 +95,8 @@ class Trainer:
                 n_tokens += result.n_tokens
                 seconds = time.monotonic() - started
                 state.train_seconds = earlier + seconds
-                bar.set_postfix(
-                    loss=f"{result.loss:.4f}",
-                    tokens_per_s=f"{n_tokens / seconds:,.0f}",
-                    peak_memory=human_size(mx.get_peak_memory()),
-                    refresh=False,
-                )
+                speed, memory = f"{n_tokens / seconds:,.0f} tok/s", human_size(mx.get_peak_memory())
+                bar.set_postfix_str(f"loss={result.loss:.4f}, {speed}, {memory}", refresh=False)
                 bar.update()
                 self._save_if_due()
 
