@@ -39,7 +39,7 @@ import graphs
 STARTS = {"no_cot": "chains", "cot": "chains", "no_thoughts": "cot", "pause": "cot", "coconut": "cot"}
 ROWS = {name: METHODS.get(name) or METHODS["pause_as_thought"] for name in STARTS}
 TITLES = {name: row.title for name, row in ROWS.items()}
-DURATION = "about 8 minutes on two CPU cores"
+DURATION = "about 10 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version has a sixteenth of the data and one epoch for each stage; too few steps to learn the task.
 QUICK_DATA = ["--prefix", "graph_quick", "--train", "2560", "--chains-train", "2560", "--valid", "200", "--test", "1"]

@@ -22,7 +22,7 @@ def test_the_configurations_differ_in_method_and_start_alone(name):
     different = {key for key in ours if ours[key] != base[key]}
     method = {"name", "coconut", "cot", "no_cot", "no_thoughts", "thought"}
     start = {"load_model_path", "resume"} if demo.STARTS[name] == "chains" else set()
-    schedule = {"epochs_per_stage", "max_latent_stage"} if name in ("cot", "no_cot") else set()
+    schedule = {"epochs_per_stage", "max_latent_stage", "num_epochs"} if name in ("cot", "no_cot") else set()
     assert different <= method | start | schedule
 
 

@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -384,3 +385,13 @@ def test_the_package_is_imported_only_when_needed(write):
         f"import sys; from text.reader import *; read_examples({write([ITEM])!r}); assert 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_a_folder_named_datasets_is_not_the_package(tmp_path, monkeypatch):
+    """Where the real one is not installed, Python makes a package without files of it."""
+    (tmp_path / "mine").mkdir()
+    module = types.ModuleType("datasets")
+    module.__file__ = None
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    with pytest.raises(UserError, match="a folder named datasets is taken for the package"):
+        open_source(str(tmp_path / "mine"))

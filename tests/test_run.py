@@ -1,6 +1,8 @@
 """What a run does and leaves behind, through the command line: training, resuming, evaluating, stopping."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -297,6 +299,17 @@ def test_a_key_that_is_younger_than_the_run_counts_as_its_default(finished, call
         file.write_text(json.dumps(metadata))
     outcome = call_main(tiny.config("other.yaml", save_path=tiny.folder / "older", thought="pause", num_epochs=4))
     assert outcome.status == 2 and "thought: was 'hidden', is 'pause'" in outcome.err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_no_other_process(tiny, call_main, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    outcome = call_main(tiny.config(num_epochs=1))
+    assert outcome.status == 0 and "another process" not in outcome.err
+    assert f"this file system has no locks ({os.strerror(number)}); do not start" in outcome.err
 
 
 def test_an_empty_directory_and_stray_files_do_not_disturb(tiny, call_main):

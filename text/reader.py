@@ -255,9 +255,12 @@ def _rows(name: str, split: str | None) -> list[dict]:
     """Return the rows that the package `datasets` reads, with our three columns only."""
     try:
         import datasets
+
+        if datasets.__file__ is None:
+            raise ImportError("a folder named datasets is taken for the package")
     except ImportError as error:
         raise UserError(
-            f"{name}: folders and data sets of the Hub need the package datasets: pip install datasets"
+            f"{name}: folders and data sets of the Hub need the package datasets ({error}): pip install datasets"
         ) from error
     if not can_redraw():
         datasets.disable_progress_bars()

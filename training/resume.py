@@ -256,14 +256,19 @@ def clean(run_dir: Path) -> None:
 
 @contextmanager
 def locked(run_dir: Path):
-    """Hold the run directory for this process; raises UserError where another process holds it."""
+    """Hold the run directory for this process; raises UserError where another process holds it.
+
+    Some network file systems have no locks: there is a warning then, and no protection.
+    """
     with open(run_dir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"{run_dir}: another process is working in this directory; wait for it or choose another `name`"
             ) from error
+        except OSError as error:
+            warn(f"{run_dir}: this file system has no locks ({error.strerror}); do not start the run a second time")
         yield
 
 
