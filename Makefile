@@ -30,7 +30,7 @@ demo-quick: $(RUNTIME)
 	$(BIN)/python -m scripts.demo --quick
 
 test: $(DEVELOPMENT) $(if $(ORACLE),$(COMPARISON))
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,6 +23,8 @@ import mlx.core as mx
 
 import run as run_module
 from text.tokenizer import dump_tiktoken, load_tokenizer
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup: the runs that are started inherit it
 
 
 class Outcome(NamedTuple):

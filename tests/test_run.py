@@ -1,12 +1,14 @@
 """What a run does and leaves behind, through the command line: training, resuming, evaluating, stopping."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +21,7 @@ from models import gpt2
 from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
-from training import step, trainer
+from training import resume, step, trainer
 
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
@@ -299,6 +301,23 @@ def test_a_key_that_is_younger_than_the_run_counts_as_its_default(finished, call
         file.write_text(json.dumps(metadata))
     outcome = call_main(tiny.config("other.yaml", save_path=tiny.folder / "older", thought="pause", num_epochs=4))
     assert outcome.status == 2 and "thought: was 'hidden', is 'pause'" in outcome.err
+
+
+def test_the_second_of_two_starts_leaves_the_directory_of_the_first_one(tiny, call_main, monkeypatch):
+    """Both saw that there was none; the first one holds it by the time that the second one tries to."""
+    real = resume.locked
+
+    @contextmanager
+    def locked_by_another(directory):
+        with open(directory / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with real(directory):
+                yield
+
+    monkeypatch.setattr(resume, "locked", locked_by_another)
+    outcome = call_main(tiny.config(num_epochs=1))
+    assert outcome.status == 2 and "another process" in outcome.err
+    assert (tiny.runs / "tiny" / ".lock").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])

@@ -69,11 +69,13 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
     blas: the name of the BLAS in use, for the summary. Raises UserError, on all ranks together, for any mistake.
     """
     directory, problem, run = output_directory(config), None, None
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    made: list[Path] = []
     try:
         if group.is_main:  # before the slow loading, so that of two starts at a time only one goes on
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(resume.locked(directory))
+            made = missing  # without the lock they are another process's
         run = load(config, group)
         print_summary(run, directory, blas)
     except UserError as error:
