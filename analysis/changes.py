@@ -5,7 +5,7 @@ model and what is fed back. The thought loop itself (coconut.py) is unchanged.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -71,6 +71,13 @@ def answer(probe: Probe, data: Data, count: int, n_thoughts: int, change: Change
 
 def _between(transformer, n_thoughts: int, items: np.ndarray, change: Change) -> Changed:
     return Changed(transformer, n_thoughts, lambda k, thought: change(items, k, thought))
+
+
+def records(data: Data, found: dict, label: str) -> Iterator[dict]:
+    """One record for each {condition: Answers} and item; label: the name under which the condition is recorded."""
+    for condition, a in found.items():
+        for index, text, said, right in zip(data.indices, a.texts, a.answers, a.correct, strict=False):
+            yield {"idx": int(index), label: condition, "text": text, "answer": said, "correct": bool(right)}
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:

@@ -27,23 +27,21 @@ if __name__ == "__main__":
     settings.own_pictures()
 
 import argparse
-import json
 import sys
 from functools import partial
-from pathlib import Path
 
 from startup import blas  # noqa: F401  before mlx
 
 import mlx.core as mx
 import numpy as np
 
-from analysis.changes import Answers, Change, answer, mcnemar
+from analysis.changes import Answers, Change, answer, mcnemar, records
 from analysis.pictures import draw_bars, save_figure
-from analysis.probing import Probe, all_thoughts, open_checkpoint, require_thoughts
+from analysis.probing import Probe, all_thoughts, analysis_parser, open_thinking, write_records
 from dataset import Data
 from parallel.streams import use_streams
 from training.evaluation import read_answer
-from utils import UserError, command_parser, exit_status, markdown_table, say, write_text
+from utils import UserError, exit_status, markdown_table, say
 
 NOISE = (0.5, 1.0, 5.0, 25.0)
 
@@ -54,14 +52,9 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = command_parser("analysis.controls", __doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder of a Coconut run, or the run's folder")
-    parser.add_argument("data", help="a data set, as for val_path")
+    parser = analysis_parser("analysis.controls", __doc__)
     parser.add_argument("--mode", choices=("loop", "patched"), default="loop", help="default loop")
-    parser.add_argument("--items", type=int, help="ask the first ITEMS items (default all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of noise, orders and partners (default 0)")
-    parser.add_argument("--tokenizer", help="the vocabulary, where the one that the checkpoint names has moved")
-    parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder to write to (runs/analysis)")
     options = parser.parse_args(arguments)
     if options.seed < 0 or (options.items is not None and options.items < 2):
         raise UserError("--seed: expected 0 or more; --items: expected at least 2")
@@ -71,8 +64,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def control(options: argparse.Namespace) -> None:
     """Answer all items under each condition, print the table, and write the lines and the picture."""
     use_streams("1")
-    probe = open_checkpoint(options.checkpoint, options.tokenizer)
-    require_thoughts(probe, options.checkpoint)
+    probe = open_thinking(options)
     data = probe.data(options.data)
     count, k = min(len(data), options.items or len(data)), probe.n_thoughts
     clean = all_thoughts(probe, [data.tokens[i] for i in range(count)], k)  # [n, K, D]
@@ -82,9 +74,8 @@ def control(options: argparse.Namespace) -> None:
     found |= {name: answer(probe, data, count, k, change) for name, change in changes.items()}
     say("\n".join(table(found, donors, data)))
     settings = {name: getattr(options, name) for name in ("checkpoint", "data", "mode", "seed")}
-    lines = [json.dumps({"command": "controls", **settings, "items": count}), *records(found, data)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / "controls.jsonl", "\n".join(lines) + "\n")
+    settings = {"command": "controls", **settings, "items": count}
+    write_records(options.out / "controls.jsonl", settings, records(data, found, "condition"))
     with save_figure(options.out / "controls.png", figsize=(9, 3.8)) as figure:
         panel = figure.subplots()
         draw_bars(panel, {name.replace(" ", "\n"): (int(a.correct.sum()), count) for name, a in found.items()}, "")
@@ -149,25 +140,16 @@ def draw_donors(answers: list[str], seed: int) -> np.ndarray:
 def table(found: dict[str, Answers], donors: np.ndarray, data: Data) -> list[str]:
     """A Markdown row for each condition."""
     rows, clean = [], found["none"]
+    theirs = [read_answer(data.examples[donor].answer) for donor in donors]
     for name, a in found.items():
         flipped = np.mean([one != other for one, other in zip(a.answers, clean.answers, strict=True)])
         p = "" if name == "none" else f"{mcnemar(a.correct, clean.correct):.3g}"
-        theirs = [read_answer(data.examples[donor].answer) for donor in donors]
         taken = np.mean([one == other for one, other in zip(a.answers, theirs, strict=True)])
         donor = f"{taken:.3f}" if name == "transplant" else ""
         rows.append([name, a.accuracy(), str(len(a.correct)), p, f"{flipped:.3f}", donor])
     return markdown_table(
         ["thoughts", "accuracy (95 % interval)", "items", "p against none", "flipped", "donor's"], rows
     )
-
-
-def records(found: dict[str, Answers], data: Data) -> list[str]:
-    """The lines of controls.jsonl."""
-    return [
-        json.dumps({"idx": int(index), "condition": name, "text": text, "answer": said, "correct": bool(right)})
-        for name, a in found.items()
-        for index, text, said, right in zip(data.indices, a.texts, a.answers, a.correct, strict=False)
-    ]
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ if __name__ == "__main__":
     settings.own_pictures()
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from startup import blas  # noqa: F401  before mlx
@@ -26,8 +26,8 @@ from startup import blas  # noqa: F401  before mlx
 import numpy as np
 
 from analysis.graphs import GROUPS, Graph, read_graphs
-from analysis.probing import Probe, all_thoughts, logits, open_checkpoint, require_thoughts
-from utils import UserError, command_parser, exit_status, markdown_table, say, write_text
+from analysis.probing import Probe, all_thoughts, analysis_parser, logits, open_thinking, write_records
+from utils import UserError, exit_status, markdown_table, say
 
 UNREACHABLE = -1  # as a distance from the root
 
@@ -40,8 +40,17 @@ class Held:
     thought: int  # from 1
     distance: int  # edges from the root to the thought's frontier
     products: dict[str, float]  # node -> inner product of the thought with its embedding
-    groups: dict[str, list[str]]  # group of GROUPS -> nodes
-    depths: dict[str, int]  # node -> edges from the root
+    graph: Graph
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """The nodes of each group of GROUPS."""
+        return self.graph.groups(self.distance)
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Edges from the root to each node that can be reached."""
+        return self.graph.distances(self.graph.root)
 
     @property
     def recall(self) -> float | None:
@@ -77,7 +86,7 @@ def hold(index: int, graph: Graph, number: int, row: np.ndarray, probe: Probe) -
     """One thought of one item; row [vocabulary] has its inner product with every token's embedding."""
     distance = (number - 1) // probe.curriculum.thoughts_per_step + 1
     products = {node: float(row[token_of(node, probe)]) for node in graph.nodes}
-    return Held(index, number, distance, products, graph.groups(distance), graph.distances(graph.root))
+    return Held(index, number, distance, products, graph)
 
 
 def token_of(node: str, probe: Probe) -> int:
@@ -128,19 +137,20 @@ def _mean(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ({len(values):,})" if values else "none"
 
 
-def draw(held: list[Held], graphs: list[Graph], item: int, path: Path) -> None:
+def draw(held: list[Held], item: int, path: Path) -> None:
     """Write the picture: the heat map of all items, and below it each thought on the graph of one item."""
     from analysis.pictures import draw_heat_map, draw_thought, save_figure
 
     own = [h for h in held if h.index == item]
+    graph = own[0].graph
     with save_figure(path, figsize=(3.1 * max(3, len(own)), 6.6)) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35])
         draw_heat_map(above.subplots(), by_distance(held), frontiers(held))
-        below.suptitle(f"item {item}: {graphs[item].root} to {graphs[item].target}", fontsize=10)
+        below.suptitle(f"item {item}: {graph.root} to {graph.target}", fontsize=10)
         panels = below.subplots(1, len(own), squeeze=False)[0]
         largest = max(value for h in own for value in h.products.values())
         for panel, h in zip(panels, own, strict=True):
-            draw_thought(panel, graphs[item], h, largest)
+            draw_thought(panel, graph, h, largest)
 
 
 def main(arguments: list[str]) -> int:
@@ -149,13 +159,8 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = command_parser("analysis.frontier", __doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder of a Coconut run, or the run's folder")
-    parser.add_argument("data", help="a JSON file whose items hold their graph")
-    parser.add_argument("--items", type=int, help="look at the first ITEMS items (default all)")
+    parser = analysis_parser("analysis.frontier", __doc__)
     parser.add_argument("--item", type=int, default=0, help="the item whose graph is drawn (default 0)")
-    parser.add_argument("--tokenizer", help="the vocabulary, where the one that the checkpoint names has moved")
-    parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder to write to (runs/analysis)")
     options = parser.parse_args(arguments)
     if options.items is not None and options.items < 1:
         raise UserError(f"--items {options.items}: expected at least 1")
@@ -164,19 +169,15 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the lines and the picture."""
-    probe = open_checkpoint(options.checkpoint, options.tokenizer)
-    require_thoughts(probe, options.checkpoint)
-    held = measure(probe, options.data, options.items)
+    held = measure(open_thinking(options), options.data, options.items)
     if options.item not in {h.index for h in held}:
         raise UserError(
             f"--item {options.item}: not among the {len({h.index for h in held}):,} items that were looked at"
         )
     say("\n".join(table(held)))
     settings = {"checkpoint": options.checkpoint, "data": options.data, "items": options.items, "command": "frontier"}
-    lines = [json.dumps(settings), *(json.dumps(h.record()) for h in held)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / "frontier.jsonl", "\n".join(lines) + "\n")
-    draw(held, read_graphs(options.data), options.item, options.out / "frontier.png")
+    write_records(options.out / "frontier.jsonl", settings, (h.record() for h in held))
+    draw(held, options.item, options.out / "frontier.png")
     say(f"written: {options.out / 'frontier.jsonl'}, {options.out / 'frontier.png'}")
 
 

@@ -82,9 +82,9 @@ def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers:
 
 def draw_thought(panel, graph: Graph, held, largest: float) -> None:
     """The item's graph with a node's distance from its root to the right, shaded by one thought."""
-    places = _places(graph)
+    places, path = _places(graph), graph.path_nodes()
     for parent, child in graph.edges:
-        on_path = {parent, child} <= graph.path_nodes()
+        on_path = {parent, child} <= path
         style = {"color": "#D55E00" if on_path else "#bbbbbb", "linewidth": 2 if on_path else 1, "zorder": 1}
         panel.plot(*zip(places[parent], places[child], strict=True), **style)
     values = np.clip([held.products[node] for node in places], 0, None) / largest

@@ -1,5 +1,7 @@
 """Open a trained model and read its thoughts. Shapes: B prompts, K thoughts of each, D = width of the model."""
 
+import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from text.tokenizer import load_tokenizer
 from text.tokens import TokenExample
 from training import resume
 from training.checkpoint import read_metadata
-from utils import Progress, UserError
+from utils import Progress, UserError, command_parser, write_json_lines
 
 BATCH = 100  # prompts at a time
 
@@ -66,6 +68,30 @@ def _vocabulary(recorded: str | None, folder: Path) -> str | None:
     name = Path(recorded).name
     places = [Path(recorded), folder / name, folder.parent / name]
     return str(next((place for place in places if place.exists()), recorded))
+
+
+def analysis_parser(module: str, docstring: str) -> argparse.ArgumentParser:
+    """A parser with what every analysis command takes."""
+    parser = command_parser(module, docstring)
+    parser.add_argument("checkpoint", help="a checkpoint folder of a Coconut run, or the run's folder")
+    parser.add_argument("data", help="a data set, as for val_path")
+    parser.add_argument("--items", type=int, help="look at the first ITEMS items (default all)")
+    parser.add_argument("--tokenizer", help="the vocabulary, where the one that the checkpoint names has moved")
+    parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder to write to (runs/analysis)")
+    return parser
+
+
+def open_thinking(options: argparse.Namespace) -> Probe:
+    """Load the model that the options of analysis_parser name. Raises UserError for one without thoughts."""
+    probe = open_checkpoint(options.checkpoint, options.tokenizer)
+    require_thoughts(probe, options.checkpoint)
+    return probe
+
+
+def write_records(path: Path, settings: dict, records: Iterable[dict]) -> None:
+    """Write JSON Lines: what the command was told, then one line for each record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_lines(path, [settings, *records])
 
 
 def require_thoughts(probe: Probe, path: str) -> None:

@@ -15,17 +15,15 @@ if __name__ == "__main__":
     settings.own_pictures()
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 from startup import blas  # noqa: F401  before mlx
 
-from analysis.changes import Answers, answer, mcnemar
+from analysis.changes import Answers, answer, mcnemar, records
 from analysis.pictures import draw_bars, save_figure
-from analysis.probing import open_checkpoint, require_thoughts
+from analysis.probing import analysis_parser, open_thinking, write_records
 from parallel.streams import use_streams
-from utils import UserError, command_parser, exit_status, markdown_table, say, warn, write_text
+from utils import UserError, exit_status, markdown_table, say, warn
 
 
 def main(arguments: list[str]) -> int:
@@ -34,13 +32,8 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = command_parser("analysis.sweep", __doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder of a Coconut run, or the run's folder")
-    parser.add_argument("data", help="a data set, as for val_path")
+    parser = analysis_parser("analysis.sweep", __doc__)
     parser.add_argument("--thoughts", type=int, nargs="+", default=list(range(7)), help="default: 0 to 6")
-    parser.add_argument("--items", type=int, help="ask the first ITEMS items (default all)")
-    parser.add_argument("--tokenizer", help="the vocabulary, where the one that the checkpoint names has moved")
-    parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder to write to (runs/analysis)")
     options = parser.parse_args(arguments)
     if min(options.thoughts) < 0 or (options.items is not None and options.items < 1):
         raise UserError("--thoughts: expected 0 or more; --items: expected at least 1")
@@ -50,10 +43,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def sweep(options: argparse.Namespace) -> None:
     """Ask all items with each number of thoughts, print the table, and write the lines and the picture."""
     use_streams("1")
-    probe = open_checkpoint(options.checkpoint, options.tokenizer)
-    require_thoughts(probe, options.checkpoint)
-    config = probe.curriculum.config
-    if not config.uniform_prob:
+    probe = open_thinking(options)
+    if not probe.curriculum.config.uniform_prob:
         warn(f"{options.checkpoint} was trained with uniform_prob 0, so it has seen few numbers of thoughts")
     data = probe.data(options.data)
     count = min(len(data), options.items or len(data))
@@ -61,9 +52,7 @@ def sweep(options: argparse.Namespace) -> None:
     found = {k: answer(probe, data, count, k) for k in numbers}
     say("\n".join(table(found, probe.n_thoughts)))
     settings = {"command": "sweep", "checkpoint": options.checkpoint, "data": options.data, "items": count}
-    lines = [json.dumps(settings), *records(found, data)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / "sweep.jsonl", "\n".join(lines) + "\n")
+    write_records(options.out / "sweep.jsonl", settings, records(data, found, "thoughts"))
     with save_figure(options.out / "sweep.png", figsize=(6, 3.6)) as figure:
         bars = {str(k): (int(a.correct.sum()), count) for k, a in found.items()}
         draw_bars(figure.subplots(), bars, f"thoughts (trained: {probe.n_thoughts})")
@@ -82,15 +71,6 @@ def table(found: dict[int, Answers], trained: int) -> list[str]:
         for k, a in found.items()
     ]
     return markdown_table(["thoughts", "accuracy (95 % interval)", "items", f"p against {trained}"], rows)
-
-
-def records(found: dict[int, Answers], data) -> list[str]:
-    """The lines of sweep.jsonl."""
-    return [
-        json.dumps({"idx": int(index), "thoughts": k, "text": text, "answer": said, "correct": bool(right)})
-        for k, a in found.items()
-        for index, text, said, right in zip(data.indices, a.texts, a.answers, a.correct, strict=False)
-    ]
 
 
 if __name__ == "__main__":

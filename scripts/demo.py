@@ -37,8 +37,7 @@ import graphs
 
 # {args/graph_NAME.yaml of a compared method: the run whose first checkpoint it starts from}
 STARTS = {"no_cot": "chains", "cot": "chains", "no_thoughts": "cot", "pause": "cot", "coconut": "cot"}
-ROWS = {name: METHODS.get(name) or METHODS["pause_as_thought"] for name in STARTS}
-TITLES = {name: row.title for name, row in ROWS.items()}
+TITLES = {name: METHODS["pause_as_thought" if name == "pause" else name].title for name in STARTS}
 DURATION = "about 10 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version has a sixteenth of the data and one epoch for each stage; too few steps to learn the task.
