@@ -72,6 +72,10 @@ class TokenDataset:
         """Number of steps of every example [n]."""
         return self.answers - self.questions - 1
 
+    def step_counts(self) -> list[int]:
+        """The different numbers of steps, ascending."""
+        return np.unique(self.n_steps).tolist()
+
     @property
     def question_lengths(self) -> np.ndarray:
         """Tokens of every question [n]."""

@@ -18,7 +18,7 @@ def show_plan(config, blas: str, group) -> None:
     run, problem = None, None
     try:
         run = load(config, group, keep_texts=True)  # the token cache is not written
-        print_summary(run, run.directory, blas)
+        print_summary(run, blas)
     except UserError as error:
         problem = error
     group.agree(problem)
@@ -58,7 +58,7 @@ def stage_lines(run: Run) -> list[str]:
 def _latents(run: Run, epochs: list[int]) -> str:
     """The latents of a stage."""
     curriculum, stage = run.curriculum, run.curriculum.stage(epochs[0])
-    step_counts = set(run.train.tokens.n_steps.tolist())
+    step_counts = run.train.tokens.step_counts()
     trained = _range({curriculum.training_counts(stage, n)[1] for n in step_counts})
     prompted = _range({curriculum.n_prompt_latents(stage, n) for n in step_counts})
     return f"stage {stage}, {trained} {curriculum.method.latents} in training and {prompted} in evaluation"
@@ -77,20 +77,20 @@ def estimate_lines(run: Run) -> list[str]:
 
     Between the two a step's time is taken to grow with the thoughts.
     """
-    epochs = range(run.first_epoch, run.config.num_epochs)
-    first, most = epochs[0], max(epochs, key=lambda epoch: _most_latents(run, epoch))
+    latents = most_latents(run)  # by epoch
+    first, most = min(latents), max(latents, key=latents.get)
     mx.reset_peak_memory()
-    seconds = {_most_latents(run, epoch): measured_step(run, epoch) for epoch in dict.fromkeys((first, most))}
+    seconds = {latents[epoch]: measured_step(run, epoch) for epoch in dict.fromkeys((first, most))}
     counts = sorted(seconds)
-    step_seconds = [np.interp(_most_latents(run, epoch), counts, [seconds[n] for n in counts]) for epoch in epochs]
+    step_seconds = [np.interp(n, counts, [seconds[n] for n in counts]) for n in latents.values()]
     shown = " and ".join(
-        f"{seconds[_most_latents(run, epoch)]:.2f} s a step at stage {run.curriculum.stage(epoch)}"
+        f"{seconds[latents[epoch]]:.2f} s a step at stage {run.curriculum.stage(epoch)}"
         for epoch in dict.fromkeys((first, most))
     )
     evaluation = measured_evaluation(run, most)
     return [
         f"time:  {shown}, so about {human_time(sum(step_seconds) * run.steps_per_epoch)} of training",
-        f"       and up to {human_time(evaluation * len(epochs))} of evaluation ({human_time(evaluation)} each, where "
+        f"       and up to {human_time(evaluation * len(latents))} of evaluation ({human_time(evaluation)} each, where "
         "all answers are as long as they may be)",
         f"memory: {human_size(mx.get_peak_memory())} at its peak",
     ]
@@ -123,10 +123,11 @@ def measured_evaluation(run: Run, epoch: int) -> float:
     return (answers + (middle - started) * count_batches(len(data), config)) / run.group.world_size
 
 
-def _most_latents(run: Run, epoch: int) -> int:
-    """The most thoughts of a training item in an epoch, without those that uniform_prob draws."""
-    stage = run.curriculum.stage(epoch)
-    return max(run.curriculum.training_counts(stage, n)[1] for n in set(run.train.tokens.n_steps.tolist()))
+def most_latents(run: Run) -> dict[int, int]:
+    """For each epoch of the run the most thoughts of a training item, without those that uniform_prob draws."""
+    curriculum, counts = run.curriculum, run.train.tokens.step_counts()
+    epochs = range(run.first_epoch, run.config.num_epochs)
+    return {epoch: max(curriculum.training_counts(curriculum.stage(epoch), n)[1] for n in counts) for epoch in epochs}
 
 
 def _range(counts: set[int]) -> str:

@@ -2,9 +2,10 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from mlx.utils import tree_flatten
@@ -41,7 +42,7 @@ class Run:
     contents: dict[str, str] = field(default_factory=dict)  # content_digests
     group: Group = ALONE
 
-    @property
+    @cached_property
     def directory(self) -> Path:
         """The folder that metrics, predictions and pictures go to; checkpoints go to config.run_dir."""
         return output_directory(self.config)
@@ -77,7 +78,7 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
             stack.enter_context(resume.locked(directory))
             made = missing  # without the lock they are another process's
         run = load(config, group)
-        print_summary(run, directory, blas)
+        print_summary(run, blas)
     except UserError as error:
         problem = error
     if problem and group.is_main:
@@ -184,7 +185,7 @@ def check_ranks(run: Run) -> None:
     say(f"at the start all {run.group.world_size} ranks have the same configuration, data and parameters")
 
 
-def print_summary(run: Run, directory: Path, blas: str) -> None:
+def print_summary(run: Run, blas: str) -> None:
     """The run's first lines: what it is, on what device, with what data, and where it writes."""
     config, shape = run.config, run.model.transformer.config
     n = n_streams()
@@ -197,10 +198,10 @@ def print_summary(run: Run, directory: Path, blas: str) -> None:
     say(f"run:   {config.name}, {config.method.name}, {length}, on {device}")
     say(f"model: {n_parameters:,} parameters ({shape.n_layer} layers, {shape.n_embd} wide) from {run.source}")
     say(f"data:  {sizes}; vocabulary from {run.curriculum.tokenizer.source}")
-    say(f"files: {directory}")
+    say(f"files: {run.directory}")
     if disk := resume.check_disk(config, 4 * n_parameters, run.first_epoch):
         say(disk)
-    if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.n_steps):
+    if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
             f"{config.max_latent_stage}, and its last stage is {run.curriculum.stage(config.num_epochs - 1)}"
@@ -209,9 +210,9 @@ def print_summary(run: Run, directory: Path, blas: str) -> None:
         warn("bf16 is many times slower on CPU; float32 is used")
 
 
-def trains_no_thought(curriculum: Curriculum, first_epoch: int, n_steps: Iterable[int]) -> bool:
-    """Whether a method that thinks never does so in the epochs of a run; n_steps: the steps of its items."""
-    config, counts = curriculum.config, {int(n) for n in n_steps}
+def trains_no_thought(curriculum: Curriculum, first_epoch: int, counts: Sequence[int]) -> bool:
+    """Whether a method that thinks never does so in the epochs of a run; counts: the numbers of steps of its items."""
+    config = curriculum.config
     stages = {curriculum.stage(epoch) for epoch in range(first_epoch, config.num_epochs)}
     if config.uniform_prob:
         stages |= set(range(max(counts) + 1))
