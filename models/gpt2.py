@@ -1,7 +1,8 @@
 """GPT-2 in MLX, with the names and the weight layout of Hugging Face's files (Conv1D: [in, out]).
 
-The thought loop needs three verbs of it: `embed(ids)`, `__call__(embeddings, cache)` and `logits(hidden)`. Shapes: B
-rows, T columns of this pass, S columns with the cache's, D = n_embd, H = n_head, Dh = D / H.
+The thought loop calls four methods of it: `embed(ids)`, `make_cache(attention_mask, left_padding)`,
+`__call__(embeddings, cache)` and `logits(hidden)`. Shapes: B rows, T columns of this pass, S columns with the cache's,
+D = n_embd, H = n_head, Dh = D / H.
 """
 
 import dataclasses

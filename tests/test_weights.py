@@ -318,6 +318,16 @@ BROKEN_SETTINGS = [
 ]
 
 
+def run_beside_the_hub(code: str, home: Path, setting: dict, *arguments: str) -> subprocess.CompletedProcess:
+    """A program that ends well, with huggingface_hub's cache in `home`, online as far as the setting allows."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment |= {"HF_HOME": str(home)} | setting
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("setting", BROKEN_SETTINGS, ids=str)
 def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
     """Proxies, addresses and tokens that are wrong raise errors of libraries far below huggingface_hub."""
@@ -327,13 +337,9 @@ def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
         "try: find_source(Config(save_path='x', name='x', val_path='x', cot=True, model_id='someone/nothing'))\n"
         "except UserError as error: print(error)"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    environment |= {"HF_HOME": str(tmp_path)} | setting
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "model_id: someone/nothing is not a local folder" in done.stdout
-    assert "HF_ENDPOINT, HF_TOKEN" in done.stdout
+    printed = run_beside_the_hub(code, tmp_path, setting).stdout
+    assert "model_id: someone/nothing is not a local folder" in printed
+    assert "HF_ENDPOINT, HF_TOKEN" in printed
 
 
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, *BROKEN_SETTINGS], ids=str)
@@ -351,12 +357,8 @@ def test_a_repository_id_is_found_in_the_hub_cache_without_the_network(setting, 
         "    named = dict(model_id='someone/tiny', model_revision=revision)\n"
         "    print(find_source(Config(save_path='x', name='x', val_path='x', cot=True, **named)).weights)"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    command = [sys.executable, "-c", code, revision]
-    environment |= {"HF_HOME": str(tmp_path)} | setting
     for with_tokenizer in (False, True):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = run_beside_the_hub(code, tmp_path, setting, revision)
         assert [Path(line).name for line in done.stdout.split()] == [revision] * 2
         if "HF_HUB_OFFLINE" not in setting:  # a complete copy asks nothing of the Hub
             assert ("the Hub was not reached" in done.stderr) == (not with_tokenizer)

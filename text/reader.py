@@ -84,7 +84,7 @@ def open_source(path: str) -> Source:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path}: cannot read the data ({reason}); see README, section Data. A data set of the Hub is written "
+            f"{path}: cannot read the data ({reason}); see docs/data.md. A data set of the Hub is written "
             "ORG/NAME:split"
         ) from error
 
