@@ -49,8 +49,13 @@ class Answers(NamedTuple):
 
     def accuracy(self) -> str:
         """The share of right answers with its 95 % interval."""
-        low, high = wilson(int(self.correct.sum()), len(self.correct))
-        return f"{self.correct.mean():.3f} ({low:.3f} to {high:.3f})"
+        return share(int(self.correct.sum()), len(self.correct))
+
+
+def share(count: int, n: int) -> str:
+    """The share of `count` among n with its 95 % interval; empty for n = 0."""
+    low, high = wilson(count, n) if n else (0.0, 0.0)
+    return f"{count / n:.3f} ({low:.3f} to {high:.3f})" if n else ""
 
 
 def answer(probe: Probe, data: Data, count: int, n_thoughts: int, change: Change | None = None) -> Answers:
