@@ -53,6 +53,30 @@ def draw_bars(panel, bars: dict[str, tuple[int, int]], label: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def draw_cells(panel, values: np.ndarray, texts: list[list[str]], rows: list[str], columns: list[str]) -> None:
+    """A cell for each of values [rows, columns], shaded by it (from 0), with a text in it and names at the sides."""
+    panel.imshow(values, cmap=COLORS, vmin=0, vmax=max(float(np.max(values)), 1e-9), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = value > 0.6 * np.max(values)
+        text = texts[row][column].replace("$", r"\$")  # else matplotlib reads a formula
+        panel.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    panel.set_xticks(range(len(columns)), [name.replace("$", r"\$") for name in columns], fontsize=8)
+    panel.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in rows], fontsize=8)
+    panel.tick_params(length=0)
+
+
+def draw_lines(panel, lines: dict[str, dict[int, np.ndarray]], label: str) -> None:
+    """A line by thought for each {name: {thought: [low, middle, high]}}, with bars from low to high."""
+    for (name, points), color, marker in zip(lines.items(), cycle(LINES), cycle(MARKERS), strict=False):
+        low, middle, high = np.array(list(points.values())).T
+        errors = np.clip([middle - low, high - middle], 0, None)
+        panel.errorbar(list(points), middle, errors, label=name, color=color, marker=marker, markersize=5, capsize=3)
+    panel.set_xticks(sorted({thought for points in lines.values() for thought in points}))
+    panel.set(xlabel="thought", ylabel=label)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers: dict[int, int]) -> None:
     """Mean product by thought (rows) and distance from the root (columns); a frame marks each thought's frontier.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from coconut import Coconut
+from coconut import Batch, Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, collate
 from models.loading import find_source, load_gpt2
@@ -107,13 +107,18 @@ def all_thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) ->
     return np.concatenate([thoughts(probe, examples[start : start + BATCH], n_thoughts) for start in starts])
 
 
+def prompt_batch(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> Batch:
+    """The questions with exactly n_thoughts thoughts each."""
+    prompts = [probe.curriculum.prompt(example, n_thoughts) for example in examples]
+    return collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
+
+
 def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:
     """The thoughts of one batch of questions, [B, K, D] float32.
 
     Thought k (from 0) is the hidden state in the column before latent k: the one that is fed back.
     """
-    prompts = [probe.curriculum.prompt(example, n_thoughts) for example in examples]
-    batch = collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
+    batch = prompt_batch(probe, examples, n_thoughts)
     hidden, _ = probe.model.think(batch)  # [B, T, D]
     first = batch.first_latent - 1
     return np.array(hidden[:, first : first + n_thoughts].astype(mx.float32))
