@@ -1,6 +1,8 @@
 """Open a trained model and read its thoughts. Shapes: B prompts, K thoughts of each, D = width of the model."""
 
 import argparse
+import re
+from bisect import bisect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from training.checkpoint import read_metadata
 from utils import Progress, UserError, command_parser, write_json_lines
 
 BATCH = 100  # prompts at a time
+FACT_END = re.compile(r"(?<=;)|(?<=[.?!])(?=\s+\S)")  # of the graph's edges, and of sentences
 
 
 class Probe(NamedTuple):
@@ -111,6 +114,20 @@ def prompt_batch(probe: Probe, examples: list[TokenExample], n_thoughts: int) ->
     """The questions with exactly n_thoughts thoughts each."""
     prompts = [probe.curriculum.prompt(example, n_thoughts) for example in examples]
     return collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
+
+
+def facts(probe: Probe, example: TokenExample) -> list[tuple[str, list[int]]]:
+    """The facts of a question, each with the places of its tokens: sentences, or edges that end in a semicolon.
+
+    A token belongs to the fact in which it begins. A question without any of these marks is one fact.
+    """
+    decode, ids = probe.curriculum.tokenizer.decode, example.question.tolist()
+    texts = [text for text in FACT_END.split(decode(ids)) if text]
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    places: list[list[int]] = [[] for _ in texts]
+    for place in range(len(ids)):
+        places[bisect(ends, len(decode(ids[:place])))].append(place)
+    return [(text, own) for text, own in zip(texts, places, strict=True) if own]
 
 
 def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:

@@ -1,9 +1,15 @@
 """Recorded layers and attention, and the command that shows it: against definitions, on a tiny random model."""
 
+import json
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from analysis import attention
+from analysis.attention import KINDS, PLACES, attention_map, masses
+from analysis.probing import Probe, facts
 from analysis.recording import record
 from coconut import Coconut
 from config import Config
@@ -12,8 +18,7 @@ from models.gpt2 import GPT2, GPT2Config
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import load_tokenizer
 from text.tokens import TokenExample
-
-EDGES = ["ie", "gh", "ec", "id", "cm"]
+from training.checkpoint import describe_run, save_checkpoint
 
 
 @pytest.fixture
@@ -37,10 +42,15 @@ def curriculum(tmp_path):
     return make
 
 
+def asked(curriculum, question: str) -> TokenExample:
+    """A question, in tokens."""
+    return TokenExample(np.array(curriculum.tokenizer.encode(question), np.int32), [], np.array([1]))
+
+
 def prompts(curriculum, questions, n_latents: int):
     """A batch of prompts."""
     tokens = curriculum.tokenizer
-    examples = [TokenExample(np.array(tokens.encode(q), np.int32), [], np.array([1])) for q in questions]
+    examples = [asked(curriculum, question) for question in questions]
     return collate([curriculum.prompt(e, n_latents) for e in examples], tokens.eos_id).to_mlx()
 
 
@@ -74,13 +84,134 @@ def test_recorded_weights_give_the_blocks_own_output(model, curriculum):
         np.testing.assert_allclose(np.array(out)[real], np.array(recorded.outputs[i])[real], atol=1e-5)
 
 
-def test_queries_of_zero_attend_to_every_column_alike(model, curriculum):
+def look_everywhere(model) -> None:
+    """Queries of zero: every place attends to all places up to itself alike."""
     for block in model.transformer.h:
         block.attn.c_attn.weight = mx.concatenate([mx.zeros((16, 16)), block.attn.c_attn.weight[:, 16:]], axis=1)
         block.attn.c_attn.bias = mx.concatenate([mx.zeros(16), block.attn.c_attn.bias[16:]])
+
+
+def test_queries_of_zero_attend_to_every_column_alike(model, curriculum):
+    look_everywhere(model)
     batch = prompts(curriculum("compact"), ["abcdefg"], 2)  # 7 tokens and one column of padding before them
     recorded = record(model, batch)
     first = int(batch.left_padding[0])
     for weights in map(np.array, recorded.weights):
         for t in range(9):
             np.testing.assert_allclose(weights[0, :, first + t, first : first + t + 1], 1 / (t + 1), atol=1e-6)
+
+
+# The set and the map of one item
+
+
+def data_of(curriculum, questions) -> SimpleNamespace:
+    """What `masses` reads of a data set."""
+    return SimpleNamespace(tokens=[asked(curriculum, question) for question in questions])
+
+
+QUESTIONS = ["ab;cd;?bd:a", "ef;?f:e"]
+
+
+@pytest.mark.parametrize("layout", ["lines", "compact"])
+@pytest.mark.parametrize("n_thoughts", [0, 1, 3])
+def test_attention_of_a_place_is_shared_among_the_kinds(model, curriculum, layout, n_thoughts):
+    own = curriculum(layout)
+    found = masses(Probe(model, own), data_of(own, QUESTIONS), 2, n_thoughts)
+    assert list(found) == list(PLACES)
+    for place, values in found.items():
+        assert values.shape == (2, 3, 5)
+        np.testing.assert_allclose(values.sum(axis=-1), 1, atol=1e-5)
+        thoughts = values[..., KINDS.index("thoughts")]
+        # In the compact layout the last thought is itself the place that predicts the first token.
+        seen = n_thoughts - (layout == "compact" and place == "first token")
+        assert (thoughts > 0).all() if seen > 0 else not thoughts.any()
+        assert values[..., KINDS.index("start marker")].any() == (layout == "lines")
+
+
+def test_where_every_place_is_seen_alike_shares_are_counts(model, curriculum):
+    look_everywhere(model)
+    own = curriculum()
+    found = masses(Probe(model, own), data_of(own, QUESTIONS), 2, 3)
+    for i, question in enumerate(QUESTIONS):
+        counts = {"first token": [len(question), 1, 3, 0, 1], "answer": [len(question), 1, 3, 1, 1]}
+        for place, expected in counts.items():
+            np.testing.assert_allclose(found[place][i], [np.array(expected) / sum(expected)] * 3, atol=1e-6)
+
+
+def test_the_facts_of_a_question(curriculum):
+    own = curriculum()
+    probe = Probe(None, own)
+    graph = facts(probe, asked(own, "ab;cd;?bd:a"))
+    assert graph == [("ab;", [0, 1, 2]), ("cd;", [3, 4, 5]), ("?bd:a", [6, 7, 8, 9, 10])]
+    prose = facts(probe, asked(own, "Max is 2.5. Is he old?\n"))
+    assert [text for text, _ in prose] == ["Max is 2.5.", " Is he old?\n"]
+    assert [place for _, places in prose for place in places] == list(range(23))
+    assert facts(probe, asked(own, "no mark")) == [("no mark", list(range(7)))]
+
+
+@pytest.mark.parametrize("layout", ["lines", "compact"])
+def test_a_map_has_a_row_for_each_place_behind_the_question(model, curriculum, layout, monkeypatch):
+    own = curriculum(layout)
+    monkeypatch.setattr(model, "generate", lambda batch, limit, eos_id: [own.tokenizer.encode("xyz")])
+    example = asked(own, "ab;?b:a")
+    one = attention_map(Probe(model, own), example, 2)
+    marked = layout == "lines"
+    markers = (["start"] * marked, ["end"] * marked)
+    assert one.columns == ["ab;", "?b:a", *markers[0], "thought 1", "thought 2", *markers[1], "answer", "self"]
+    assert one.rows == ["thought 1", "thought 2", *markers[1], "'x'", "'y'", "'z'"]
+    np.testing.assert_allclose(one.weights.sum(axis=-1), 1, atol=1e-5)
+    assert not one.weights[:, 0, one.columns.index("thought 1")].any()  # its own place is the column `self`
+    assert not one.weights[:, 2 + marked, -2].any() and one.weights[:, 3 + marked, -2].all()
+    whole = attention_map(Probe(model, own), example, 2, "sum")
+    heads = [attention_map(Probe(model, own), example, 2, head).weights for head in (0, 1)]
+    np.testing.assert_allclose(whole.weights, heads[0] + heads[1], atol=1e-6)
+    np.testing.assert_allclose(whole.weights, 2 * one.weights, atol=1e-6)
+    assert np.abs(heads[0] - heads[1]).max() > 0.01
+
+
+# The command
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """saved(**keys): the model in a checkpoint folder, with its vocabulary and two items beside it."""
+    (tmp_path / "words.json").write_text('["###"]')
+    items = [
+        {"question": "ab;cd;?bd:a", "steps": ["b"], "answer": "b"},
+        {"question": "ef;?f:e", "steps": ["f"], "answer": "f"},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    (tmp_path / "run").mkdir()
+
+    def save(**keys):
+        paths = {"val_path": str(tmp_path / "data.json"), "tokenizer": str(tmp_path / "words.json")}
+        keys = {"coconut": True, "layout": "compact", "max_latent_stage": 2, "c_thought": 1, **keys}
+        config = Config(**{"save_path": str(tmp_path), "name": "run", "max_new_tokens": 4, **paths, **keys})
+        return save_checkpoint(model, describe_run(Curriculum(config, load_tokenizer(config.tokenizer, None)), 5, 3))
+
+    return save
+
+
+@pytest.mark.parametrize("keys", [{}, {"thought": "pause"}, {"coconut": False, "cot": True}])
+def test_the_command_takes_every_method(saved, tmp_path, capsys, keys):
+    folder, out = saved(**keys), tmp_path / "out"
+    command = [str(folder), str(tmp_path / "data.json"), "--out", str(out), "--item", "1", "--head", "1"]
+    assert attention.main(command) == 0
+    assert ("thoughts" in capsys.readouterr().out) == ("cot" not in keys)
+    lines = [json.loads(line) for line in (out / "attention.jsonl").read_text().splitlines()]
+    assert lines[0]["heads in the map"] == 1 and lines[0]["thoughts"] == (0 if "cot" in keys else 2)
+    assert {line["map"] for line in lines if "map" in line} == {1}
+    assert len([line for line in lines if "idx" in line]) == 2 * 2 * 3  # places, items, layers
+    assert (out / "attention.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--item", "2"], "--item 2: not among the 2 items"),
+    (["--items", "0"], "--items 0: expected at least 1"),
+    (["--head", "2"], "--head 2: expected 0 to 1"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_nothing_is_written(saved, tmp_path, capsys, words, message):
+    command = [str(saved()), str(tmp_path / "data.json"), "--out", str(tmp_path / "out"), *words]
+    assert attention.main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
