@@ -40,6 +40,13 @@ class Graph(NamedTuple):
                     queue.append(child)
         return found
 
+    def walk_ends(self, length: int) -> list[set[str]]:
+        """The ends of all walks from the root of exactly 0, 1, ... `length` edges."""
+        ends = [{self.root}]
+        for _ in range(length):
+            ends.append({child for parent, child in self.edges if parent in ends[-1]})
+        return ends
+
     def path_nodes(self) -> set[str]:
         """Nodes on some shortest path from the root to the target."""
         ahead = self.distances(self.root)

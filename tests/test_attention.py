@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from analysis import attention
+from analysis import attention, edges
 from analysis.attention import KINDS, PLACES, attention_map, masses
+from analysis.edges import GROUPS, edge_groups, edge_tokens
+from analysis.graphs import Graph
 from analysis.probing import Probe, facts
 from analysis.recording import record
 from coconut import Coconut
@@ -19,6 +23,16 @@ from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import load_tokenizer
 from text.tokens import TokenExample
 from training.checkpoint import describe_run, save_checkpoint
+from utils import UserError
+
+PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=150)
+
+
+@st.composite
+def graphs(draw) -> Graph:
+    edges = draw(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")), min_size=1, max_size=12))
+    nodes = sorted({node for edge in edges for node in edge})
+    return Graph(edges, draw(st.sampled_from(nodes)), draw(st.sampled_from(nodes)))
 
 
 @pytest.fixture
@@ -169,21 +183,98 @@ def test_a_map_has_a_row_for_each_place_behind_the_question(model, curriculum, l
     assert np.abs(heads[0] - heads[1]).max() > 0.01
 
 
-# The command
+# Edges
+
+# a -> b, a -> c, b -> d (the target), c -> e; apart from them f -> g
+GRAPH = Graph([("a", "b"), ("f", "g"), ("a", "c"), ("b", "d"), ("c", "e")], "a", "d")
+LISTED = "ab;fg;ac;bd;ce;?dg:a"
+
+
+def test_edges_are_grouped_by_their_source():
+    assert edge_groups(GRAPH, 0, [0, 1, 2, 3, 4]) == {
+        "not reachable": [1, 3, 4], "reachable": [0, 2], "frontier": [0, 2], "optimal": [0],
+        "reachable only": [], "frontier only": [2],
+    }  # fmt: skip
+    assert edge_groups(GRAPH, 1, [0, 1, 2, 3, 4]) == {
+        "not reachable": [1], "reachable": [0, 2, 3, 4], "frontier": [3, 4], "optimal": [3],
+        "reachable only": [0, 2], "frontier only": [4],
+    }  # fmt: skip
+
+
+@PROPERTY
+@given(graphs(), st.integers(0, 4))
+def test_groups_of_edges_are_nested_and_cover_all(graph, n):
+    groups = {name: set(edges) for name, edges in edge_groups(graph, n, list(range(len(graph.edges)))).items()}
+    assert groups["optimal"] <= groups["frontier"] <= groups["reachable"]
+    parts = [groups[name] for name in ("not reachable", "reachable only", "frontier only", "optimal")]
+    assert sorted(edge for part in parts for edge in part) == list(range(len(graph.edges)))
+    if n == 0:
+        assert groups["frontier"] == groups["reachable"]
+        assert {graph.edges[edge][0] for edge in groups["frontier"]} <= {graph.root}
+
+
+def test_the_tokens_of_an_edge_are_source_target_and_separator(curriculum):
+    own = curriculum()
+    probe = Probe(None, own)
+    found = edge_tokens(probe, asked(own, LISTED), GRAPH, "item 0")
+    assert found == {0: [0, 1, 2], 1: [3, 4, 5], 2: [6, 7, 8], 3: [9, 10, 11], 4: [12, 13, 14]}
+    symbolic = edge_tokens(probe, asked(own, "a>b;f>g;a>c;b>d;c>e?a:d/g"), GRAPH, "item 0")
+    assert symbolic == {0: [0, 2, 3], 1: [4, 6, 7], 2: [8, 10, 11], 3: [12, 14, 15]}  # no separator behind the last
+    for wrong in ("ab;fg;ac;bx;ce;?dg:a", "Every a is a b. Every f is a g.", "ab;?d:a"):
+        with pytest.raises(UserError, match="item 0"):
+            edge_tokens(probe, asked(own, wrong), GRAPH, "item 0")
+
+
+@pytest.mark.parametrize("layout", ["lines", "compact"])
+def test_where_every_place_is_seen_alike_an_edge_has_its_share_of_tokens(model, curriculum, layout, monkeypatch):
+    """Three of the tokens so far, times two heads; thought n + 1 is computed n tokens behind the question."""
+    look_everywhere(model)
+    own, other = curriculum(layout), "fg;ab;ac;?g:a"
+    monkeypatch.setattr(
+        edges, "read_graphs", lambda path: [GRAPH, Graph([("f", "g"), ("a", "b"), ("a", "c")], "a", "g")]
+    )
+    data = SimpleNamespace(tokens=[asked(own, LISTED), asked(own, other)], indices=np.array([0, 1]), path="data")
+    for n in range(3):
+        found = list(edges._looked(Probe(model, own), data, edges.read_graphs(""), range(2), n))
+        for one, question in zip(found, (LISTED, other), strict=True):
+            seen = len(question) + (layout == "lines") + n
+            assert one.step == n + 1 and list(one.weights.values()) == pytest.approx(
+                [2 * 3 / seen] * question.count(";")
+            )
+            np.testing.assert_allclose(one.gathered, one.even, atol=1e-6)
+            assert one.even[:2] == [2 / 3, 2 / 6]
+
+
+def test_means_of_edges_by_hand():
+    groups = {**{group: [] for group in GROUPS}, "reachable": [0, 1], "frontier": [1]}
+    looked = [
+        edges.Looked(0, 1, {0: 0.5, 1: 1.0}, groups, [0.2, 0.4], [0.1, 0.1]),
+        edges.Looked(1, 1, {0: 3.5, 1: 1.0}, groups, [0.2, 0.4], [0.1, 0.1]),
+    ]
+    assert edges.sums_of(looked, "reachable") == ([1.5, 4.5], [2, 2])
+    row = [cell.strip() for cell in edges.table(looked)[2].split("|")]
+    assert row[2] == "none" and row[3].startswith("1.5 (0.75 to 2.25) of 4") and row[4] == "1 (1 to 1) of 2"
+    assert "0.3 (0.3 to 0.3) of 4; spread evenly it were 0.1" in edges.gathered(looked)
+    assert looked[0].record()["sum"]["reachable"] == 1.5 and looked[0].record()["n"]["frontier"] == 1
+
+
+# The commands
+
+
+TWO = [
+    {"question": "ab;cd;?bd:a", "steps": ["b"], "answer": "b"},
+    {"question": "ef;?f:e", "steps": ["f"], "answer": "f"},
+]
 
 
 @pytest.fixture
 def saved(model, tmp_path):
-    """saved(**keys): the model in a checkpoint folder, with its vocabulary and two items beside it."""
+    """saved(items=TWO, **keys): the model in a checkpoint folder, with its vocabulary and the items beside it."""
     (tmp_path / "words.json").write_text('["###"]')
-    items = [
-        {"question": "ab;cd;?bd:a", "steps": ["b"], "answer": "b"},
-        {"question": "ef;?f:e", "steps": ["f"], "answer": "f"},
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(items))
     (tmp_path / "run").mkdir()
 
-    def save(**keys):
+    def save(items=TWO, **keys):
+        (tmp_path / "data.json").write_text(json.dumps(items))
         paths = {"val_path": str(tmp_path / "data.json"), "tokenizer": str(tmp_path / "words.json")}
         keys = {"coconut": True, "layout": "compact", "max_latent_stage": 2, "c_thought": 1, **keys}
         config = Config(**{"save_path": str(tmp_path), "name": "run", "max_new_tokens": 4, **paths, **keys})
@@ -215,3 +306,14 @@ def test_mistakes_are_one_line_and_nothing_is_written(saved, tmp_path, capsys, w
     assert attention.main(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_edges(saved, tmp_path, capsys):
+    item = {"question": LISTED, "steps": ["b", "d"], "answer": "d", "edges": GRAPH.edges, "root": "a", "target": "d"}
+    folder, out = saved(items=[item]), tmp_path / "out"
+    assert edges.main([str(folder), str(tmp_path / "data.json"), "--out", str(out)]) == 0
+    assert "spread evenly" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "edges.jsonl").read_text().splitlines()]
+    assert [line["n"]["frontier"] for line in lines[1:]] == [2, 2] and lines[1]["n"]["not reachable"] == 3
+    assert (out / "edges.png").read_bytes()[:4] == b"\x89PNG"
+    assert edges.main([str(folder), str(tmp_path / "data.json"), "--items", "0"]) == 2
