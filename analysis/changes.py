@@ -60,6 +60,8 @@ def answer(probe: Probe, data: Data, count: int, n_thoughts: int, change: Change
     for start in starts:
         items = np.arange(start, min(start + BATCH, count))
         prompts = [curriculum.prompt(data.tokens[i], n_thoughts) for i in items]
+        if change:  # a pause is an ordinary token; to change it, the loop has to fill its place
+            prompts = [prompt._replace(n_latents=n_thoughts) for prompt in prompts]
         batch = collate(prompts, curriculum.tokenizer.eos_id).to_mlx()
         model = Coconut(_between(probe.model.transformer, n_thoughts, items, change)) if change else probe.model
         outputs = model.generate(batch, curriculum.config.answer_limit, curriculum.tokenizer.eos_id)

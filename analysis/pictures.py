@@ -53,6 +53,30 @@ def draw_bars(panel, bars: dict[str, tuple[int, int]], label: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def draw_points(panel, points: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:
+    """Shares with their intervals, one below the other: {series: {name: (share, low, high)}}.
+
+    The first series has all names.
+    """
+    names = list(next(iter(points.values())))
+    for number, ((series, values), color, marker) in enumerate(
+        zip(points.items(), cycle(LINES), cycle(MARKERS), strict=False)
+    ):
+        rows = [names.index(name) + 0.3 * number for name in values]
+        middle, low, high = np.array(list(values.values())).T
+        errors = np.clip([middle - low, high - middle], 0, None)
+        style = {"color": color, "marker": marker, "markersize": 4, "linestyle": "none", "capsize": 2}
+        panel.errorbar(middle, rows, xerr=errors, label=series, clip_on=False, **style)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xlim=(0, 1), xlabel=label)
+    panel.grid(color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    if len(points) > 1:
+        panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
 def draw_cells(panel, values: np.ndarray, texts: list[list[str]], rows: list[str], columns: list[str]) -> None:
     """A cell for each of values [rows, columns], shaded by it (from 0), with a text in it and names at the sides."""
     panel.imshow(values, cmap=COLORS, vmin=0, vmax=max(float(np.max(values)), 1e-9), aspect="auto")
