@@ -46,6 +46,7 @@ from utils import Progress, UserError, exit_status, markdown_table, say
 
 KEPT = 10  # first words in a record
 SHOWN = 5  # of them in the picture
+Hits = dict[tuple[int, int], dict[int, bool]]  # {(layer, thought): {index of an item: whether its thought hits}}
 RESULT = re.compile(r"=\s*(-?[\d.,]*\d)\s*>>")  # of a step <<3*60=180>>
 
 
@@ -172,29 +173,38 @@ def table(decoded: list[Decoded], probe: Probe) -> list[str]:
     )
 
 
-def hit_rates(decoded: list[Decoded], top: int) -> dict[str, dict[tuple[int, int], tuple[int, int]]]:
-    """{kind: {(layer, thought): (hits, thoughts that could hit)}}; empty for items without results."""
+def hits(decoded: list[Decoded], top: int) -> dict[str, Hits]:
+    """{kind: for each layer and thought the items that could hit, and whether they did}; {} without any result."""
     kinds = {
         "any result": [(d, bool(d.hits(top))) for d in decoded if d.distinct],
         "own step's": [(d, d.hits_own(top)) for d in decoded if d.has_own],
         "two at once": [(d, len(d.hits(top)) > 1) for d in decoded if len(d.distinct) > 1],
     }
-    found: dict[str, dict[tuple[int, int], tuple[int, int]]] = {}
+    found: dict[str, Hits] = {}
     for kind, pairs in kinds.items():
         for d, hit in pairs:
-            rates = found.setdefault(kind, {})
-            count, n = rates.get((d.layer, d.thought), (0, 0))
-            rates[d.layer, d.thought] = count + hit, n + 1
+            found.setdefault(kind, {}).setdefault((d.layer, d.thought), {})[d.index] = hit
     return found
 
 
-def hit_table(rates: dict[str, dict[tuple[int, int], tuple[int, int]]], n_thoughts: int) -> list[str]:
-    """A Markdown row for each layer and thought, and one for all thoughts of a layer that are fed back."""
+def hit_table(found: dict[str, Hits], n_thoughts: int) -> list[str]:
+    """A Markdown row for each layer and thought, and for each layer one over all thoughts that are fed back."""
     rows = []
-    for layer, thought in sorted(set().union(*rates.values())):
-        cells = [share(*places.get((layer, thought), (0, 0))) for places in rates.values()]
-        rows.append([str(layer), _named(thought, n_thoughts), *cells])
-    return markdown_table(["layer", "thought", *rates], rows)
+    for layer, thought in sorted(set().union(*found.values())):
+        items = [list(places.get((layer, thought), {}).values()) for places in found.values()]
+        rows.append([str(layer), _named(thought, n_thoughts), *(share(sum(own), len(own)) for own in items)])
+    for layer in sorted({layer for places in found.values() for layer, _ in places}):
+        rows.append([str(layer), "all", *(mean(*pooled(places, layer, n_thoughts)) for places in found.values())])
+    return markdown_table(["layer", "thought", *found], rows)
+
+
+def pooled(places: Hits, layer: int, n_thoughts: int) -> tuple[list[int], list[int]]:
+    """For each item its hits over all thoughts that are fed back, and how many of them could hit."""
+    own: dict[int, list[bool]] = {}
+    for (of, thought), items in places.items():
+        for index, hit in items.items():
+            own.setdefault(index, []).extend([hit] * (of == layer and thought <= n_thoughts))
+    return list(map(sum, own.values())), list(map(len, own.values()))
 
 
 def all_equal(decoded: list[Decoded], n_thoughts: int) -> tuple[int, int]:
@@ -229,7 +239,7 @@ def draw(decoded: list[Decoded], item: int, top: int, probe: Probe, path: Path) 
     from analysis.pictures import draw_cells, draw_lines, save_figure
 
     own = [d for d in decoded if d.index == item]
-    rates = {kind: places for kind, places in hit_rates(decoded, top).items() if places}
+    rates = hits(decoded, top)
     layers = {d.layer for d in decoded}
     n_panels = 2 + bool(rates)
     with save_figure(path, figsize=(4.6 * n_panels, 1.6 + 0.5 * max(len(own), 4))) as figure:
@@ -258,15 +268,15 @@ def _cell(word: str, probability: float) -> str:
     return f"{ascii(word)[1:-1]} {probability:.2f}"
 
 
-def draw_rates(panel, rates: dict[str, dict[tuple[int, int], tuple[int, int]]], layer: int) -> None:
+def draw_rates(panel, rates: dict[str, Hits], layer: int) -> None:
     """Hit rates by thought with their intervals, a line for each kind."""
     from analysis.pictures import draw_lines
     from training.evaluation import wilson
 
     lines = {}
     for kind, places in rates.items():
-        found = {t: pair for (own, t), pair in sorted(places.items()) if own == layer}
-        lines[kind] = {t: np.insert(wilson(count, n), 1, count / n) for t, (count, n) in found.items()}
+        found = {t: list(items.values()) for (own, t), items in sorted(places.items()) if own == layer}
+        lines[kind] = {t: np.insert(wilson(sum(own), len(own)), 1, np.mean(own)) for t, own in found.items()}
     draw_lines(panel, lines, "share (95 % interval)")
     panel.set_ylim(0, 1)
     panel.legend(frameon=False, fontsize=8)
@@ -302,8 +312,8 @@ def run(options: argparse.Namespace) -> None:
     say("\n".join(table(decoded, probe)))
     say(f"all first words of an item's thoughts equal: {share(*all_equal(decoded, probe.n_thoughts))}")
     say(", ".join(f"{name} {value:g}" for name, value in norms.items()))
-    if rates := hit_rates(decoded, options.top):
-        say("\n".join(["", *hit_table(rates, probe.n_thoughts)]))
+    if found := hits(decoded, options.top):
+        say("\n".join(["", *hit_table(found, probe.n_thoughts)]))
     told = {name: getattr(options, name) for name in ("checkpoint", "data", "layers", "top")}
     told = {"command": "thoughts", **told, "items": count, **norms}
     lines = (d.record(probe.curriculum.tokenizer, options.top) for d in decoded)

@@ -122,10 +122,11 @@ def test_hits_count_results_their_own_step_and_two_at_once():
     assert [decoded([2, 3], results, k).hits_own(1) for k in (1, 2, 3)] == [True, False, True]
     assert [decoded([2], results, k).has_own for k in (3, 4, 5)] == [True, False, False]
     found = [decoded([2, 3], results), decoded([9], results, index=1), decoded([2], [set()], index=2)]
-    assert thoughts.hit_rates(found, 2) == {
-        "any result": {(2, 1): (1, 2)}, "own step's": {(2, 1): (1, 2)}, "two at once": {(2, 1): (1, 2)},
-    }  # fmt: skip
-    assert thoughts.hit_rates([decoded([2], [])], 1) == {}
+    expected = {(2, 1): {0: True, 1: False}}
+    assert thoughts.hits(found, 2) == {"any result": expected, "own step's": expected, "two at once": expected}
+    assert thoughts.hits([decoded([2], [])], 1) == {}
+    places = {(2, 1): {0: True, 1: False}, (2, 2): {0: True}, (2, 3): {0: True}, (1, 1): {0: False, 1: True}}
+    assert thoughts.pooled(places, 2, 2) == ([2, 0], [2, 1])  # the third thought is not fed back
     assert thoughts.all_equal([decoded([2], []), decoded([2], [], 2), decoded([3], [], 3)], 2) == (1, 1)
 
 
@@ -146,7 +147,12 @@ def test_the_command(folder, tmp_path, capsys):
     data, out = str(folder.parents[1] / "data.json"), tmp_path / "out"
     assert thoughts.main([str(folder), data, "--out", str(out), "--layers", "--item", "2", "--top", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "any result" in printed and "two at once" in printed and printed.count("not fed back") == 4
+    assert (
+        "any result" in printed
+        and "two at once" in printed
+        and printed.count("not fed back") == 4
+        and printed.count("| all ") == 2
+    )
     lines = [json.loads(line) for line in (out / "thoughts.jsonl").read_text().splitlines()]
     assert lines[0]["top"] == 3 and lines[0]["items"] == 3 and len(lines) == 1 + 3 * 3 * 2
     assert all(len(line["top"]) == 10 and {"hits", "own", "norm", "entropy"} <= set(line) for line in lines[1:])
