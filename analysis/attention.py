@@ -5,7 +5,8 @@
 For one item (--item) a map of each layer: rows are the thoughts, the end marker and the tokens of the model's own
 answer; columns are the facts of the question (sentences, or edges that end in a semicolon; each the sum over its
 tokens), the thoughts, the earlier tokens of the answer, and the row's own place. The mean over the heads is shown;
---head H shows one head and --sum the sum, as arXiv 2505.12514 does.
+--head H shows one head and --sum the sum, as arXiv 2505.12514 does. The row of thought k is the place where it is fed
+back, which computes thought k + 1; analysis.edges shows which edges that takes, for the whole set.
 
 For the set it prints how much of its attention a place spends on the question, the thoughts and itself, by layer, as a
 mean over heads and items. "first token" is the place that predicts the first token of the answer: the end marker, or

@@ -91,10 +91,13 @@ def draw_cells(panel, values: np.ndarray, texts: list[list[str]], rows: list[str
 
 def draw_lines(panel, lines: dict[str, dict[int, np.ndarray]], label: str) -> None:
     """A line by thought for each {name: {thought: [low, middle, high]}}, with bars from low to high."""
-    for (name, points), color, marker in zip(lines.items(), cycle(LINES), cycle(MARKERS), strict=False):
+    for number, ((name, points), color, marker) in enumerate(
+        zip(lines.items(), cycle(LINES), cycle(MARKERS), strict=False)
+    ):
+        x = np.array(list(points)) + 0.02 * (number - (len(lines) - 1) / 2)  # bars stand side by side
         low, middle, high = np.array(list(points.values())).T
         errors = np.clip([middle - low, high - middle], 0, None)
-        panel.errorbar(list(points), middle, errors, label=name, color=color, marker=marker, markersize=5, capsize=3)
+        panel.errorbar(x, middle, errors, label=name, color=color, marker=marker, markersize=5, capsize=3)
     panel.set_xticks(sorted({thought for points in lines.values() for thought in points}))
     panel.set(xlabel="thought", ylabel=label)
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)

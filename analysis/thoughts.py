@@ -265,7 +265,7 @@ def draw(decoded: list[Decoded], item: int, top: int, probe: Probe, path: Path) 
 
 def _cell(word: str, probability: float) -> str:
     """A word as the picture's font can draw it: what is not ASCII is escaped."""
-    return f"{ascii(word)[1:-1]} {probability:.2f}"
+    return f"{ascii(word)[1:-1]}\n{probability:.2f}"
 
 
 def draw_rates(panel, rates: dict[str, Hits], layer: int) -> None:
