@@ -217,9 +217,9 @@ def flags(draws: list[Answers]) -> np.ndarray:
 
 def interval(hits: np.ndarray) -> tuple[float, float, float]:
     """(share, low, high) of hits [draws, n]: Wilson; for several draws of the same items the bootstrap over items."""
-    if len(hits) > 1:
+    if len(hits) > 1 and hits.any() and not hits.all():
         return bootstrap(hits.sum(axis=0), np.full(hits.shape[1], len(hits)))
-    return (float(hits.mean()), *wilson(int(hits.sum()), hits.size))
+    return (float(hits.mean()), *wilson(int(hits[0].sum()), hits.shape[1]))  # draws that all agree are one draw
 
 
 def _shown(hits: np.ndarray) -> str:

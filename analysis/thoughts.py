@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from startup import blas  # noqa: F401  before mlx
 
@@ -44,6 +43,7 @@ from text.tokenizer import Tokenizer
 from text.tokens import TokenExample
 from utils import Progress, UserError, exit_status, markdown_table, say
 
+USED = "norm of the embedding's rows in use"
 KEPT = 10  # first words in a record
 SHOWN = 5  # of them in the picture
 Hits = dict[tuple[int, int], dict[int, bool]]  # {(layer, thought): {index of an item: whether its thought hits}}
@@ -217,12 +217,19 @@ def all_equal(decoded: list[Decoded], n_thoughts: int) -> tuple[int, int]:
     return sum(len(own) == 1 for own in words.values()), len(words)
 
 
-def embedding_norms(probe: Probe) -> dict[str, float]:
-    """The scale of the rows of the embedding: the mean of their norms, and the norm of their mean."""
+def embedding_norms(probe: Probe, data: Data, count: int) -> dict[str, float]:
+    """The scale of the embedding: the mean norm of the rows that the first `count` questions use, and of all rows.
+
+    In a small vocabulary of bytes the rows of unused tokens are long, and alike: training pushes them away from all
+    states. Last the norm of the mean row.
+    """
     rows = np.array(probe.model.transformer.embed(mx.arange(probe.curriculum.tokenizer.vocab_size)).astype(mx.float32))
+    used = np.unique(np.concatenate([data.tokens[i].question for i in range(count)]))
+    norms = np.linalg.norm(rows, axis=1)
     return {
-        "mean norm of the embedding's rows": round(float(np.linalg.norm(rows, axis=1).mean()), 4),
-        "norm of the embedding's mean row": round(float(np.linalg.norm(rows.mean(axis=0))), 4),
+        USED: round(float(norms[used].mean()), 4),
+        "of all its rows": round(float(norms.mean()), 4),
+        "of its mean row": round(float(np.linalg.norm(rows.mean(axis=0))), 4),
     }
 
 
@@ -234,31 +241,35 @@ def _word(tokenizer: Tokenizer, token: int) -> str:
     return repr(tokenizer.spell(token))
 
 
-def draw(decoded: list[Decoded], item: int, top: int, probe: Probe, path: Path) -> None:
-    """Write the picture: the words of one item, norms by thought, hit rates where there are results."""
+def draw(decoded: list[Decoded], scale: float, probe: Probe, options: argparse.Namespace) -> None:
+    """Write the picture: the words of one item, norms by thought, hit rates where there are results.
+
+    scale: the mean norm of the embedding's rows.
+    """
     from analysis.pictures import draw_cells, draw_lines, save_figure
 
-    own = [d for d in decoded if d.index == item]
-    rates = hits(decoded, top)
+    own = [d for d in decoded if d.index == options.item]
+    rates = hits(decoded, options.top)
     layers = {d.layer for d in decoded}
     n_panels = 2 + bool(rates)
-    with save_figure(path, figsize=(4.6 * n_panels, 1.6 + 0.5 * max(len(own), 4))) as figure:
+    with save_figure(options.out / "thoughts.png", figsize=(4.6 * n_panels, 1.6 + 0.5 * max(len(own), 4))) as figure:
         panels = figure.subplots(1, n_panels, width_ratios=[1.5, *[1] * (n_panels - 1)])
         words = [[_cell(probe.curriculum.tokenizer.spell(i), p) for i, p in d.first(SHOWN)] for d in own]
         names = [_named(d.thought, probe.n_thoughts) + (f", layer {d.layer}" if len(layers) > 1 else "") for d in own]
         shares = np.array([d.probabilities[:SHOWN] for d in own])
         draw_cells(panels[0], shares, words, names, [str(i + 1) for i in range(shares.shape[1])])
-        panels[0].set(title=f"item {item}: first words of its thoughts, probability", xlabel="rank", ylabel="thought")
+        panels[0].set(
+            title=f"item {options.item}: first words of its thoughts, probability", xlabel="rank", ylabel="thought"
+        )
         last = {t: those for (layer, t), those in by_place(decoded).items() if layer == max(layers)}
         spread = {t: np.percentile([d.norm for d in those], [2.5, 50, 97.5]) for t, those in last.items()}
-        rows = embedding_norms(probe)["mean norm of the embedding's rows"]
         draw_lines(panels[1], {"thoughts": spread}, "norm (median, 95 % of the items)")
-        panels[1].axhline(rows, color="black", linestyle=":", linewidth=1, label="embedding's rows (mean)")
+        panels[1].axhline(scale, color="black", linestyle=":", linewidth=1, label="embedding's rows in use (mean)")
         panels[1].legend(frameon=False, fontsize=8)
         panels[1].set(title="norms", ylim=(0, None))
         if rates:
             draw_rates(panels[2], rates, max(layers))
-            panels[2].set_title(f"results among the first {top} words")
+            panels[2].set_title(f"results among the first {options.top} words")
         for panel in panels[1:]:
             panel.set_xticks(list(last), [_named(t, probe.n_thoughts).replace("not ", "not\n") for t in last])
 
@@ -308,7 +319,7 @@ def run(options: argparse.Namespace) -> None:
     if options.item not in data.indices[:count]:
         raise UserError(f"--item {options.item}: not among the {count:,} items that were looked at")
     decoded = decode(probe, data, count, options.layers)
-    norms = embedding_norms(probe)
+    norms = embedding_norms(probe, data, count)
     say("\n".join(table(decoded, probe)))
     say(f"all first words of an item's thoughts equal: {share(*all_equal(decoded, probe.n_thoughts))}")
     say(", ".join(f"{name} {value:g}" for name, value in norms.items()))
@@ -318,7 +329,7 @@ def run(options: argparse.Namespace) -> None:
     told = {"command": "thoughts", **told, "items": count, **norms}
     lines = (d.record(probe.curriculum.tokenizer, options.top) for d in decoded)
     write_records(options.out / "thoughts.jsonl", told, lines)
-    draw(decoded, options.item, options.top, probe, options.out / "thoughts.png")
+    draw(decoded, norms[USED], probe, options)
     say(f"written: {options.out / 'thoughts.jsonl'}, {options.out / 'thoughts.png'}")
 
 

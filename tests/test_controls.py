@@ -331,6 +331,11 @@ def test_a_row_counts_flips_and_the_donors_answers():
     assert [cell[:5] for cell in cells] == ["0.500", "2", "1", "0.500", "0.500"]
     draws = [answers("a", "c", right=[True, False]), answers("a", "b", right=[True, True])]
     assert controls.row(draws, clean, None) == ["0.750 (0.500 to 1.000)", "2 x 2", "", "0.250 (0.000 to 0.500)", ""]
+    assert (
+        controls.interval(np.zeros((10, 5)))
+        == controls.interval(np.zeros((1, 5)))
+        == (0, 0, pytest.approx(0.4345, abs=1e-4))
+    )
 
 
 @pytest.mark.parametrize(("mode", "last"), [("loop", "noise of one size"), ("patched", "swap")])

@@ -70,6 +70,7 @@ def test_decoded_thoughts_are_the_softmax_of_their_logits(probe, data):
     found = decode(probe, data, 3)
     assert [(d.index, d.thought, d.layer) for d in found] == [(i, k, 2) for i in range(3) for k in (1, 2, 3)]
     for d in found:
+        assert d.step == d.thought - 1  # one thought stands for each step
         shares = np.array(expected[d.index, d.thought - 1])
         np.testing.assert_allclose(d.probabilities, np.sort(shares)[::-1][:10], rtol=1e-4)
         np.testing.assert_allclose(shares[d.ids], d.probabilities, rtol=1e-4)
@@ -98,6 +99,16 @@ def test_a_planted_thought_decodes_to_its_row(probe, data):
     assert (first.ids[0], second.ids[0]) == (65, 66) and first.probabilities[0] > 0.99
     assert (first.norm, second.norm, second.cosine) == (1000, 2000, 0)
     assert first.entropy == pytest.approx(0)
+
+
+def test_the_scale_of_the_embedding_is_that_of_the_rows_in_use(probe, data):
+    """Rows of one norm for each token, as large as its id; the questions have these tokens."""
+    size = probe.curriculum.tokenizer.vocab_size
+    probe.model.transformer.wte.weight = mx.diag(mx.arange(size).astype(mx.float32))
+    used = {token for i in range(2) for token in data.tokens[i].question.tolist()}
+    found = list(thoughts.embedding_norms(probe, data, 2).values())
+    expected = [sum(used) / len(used), (size - 1) / 2, np.linalg.norm(np.arange(size) / size)]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_results_are_whole_tokens_with_and_without_a_space(probe):
