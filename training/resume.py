@@ -198,6 +198,19 @@ def best_checkpoint(run_dir: Path) -> Path:
     return max(found, key=rank).path
 
 
+def best_evaluation(evaluations: list[dict], keys: dict | None) -> dict:
+    """The record in metrics.jsonl of the checkpoint that best_checkpoint chooses: of equal ones the last.
+
+    keys: the run's configuration; without one, stages past max_latent_stage do not count as one.
+    """
+
+    def rank(record: dict) -> tuple[int, float, int]:
+        stage = merged_stage(record["stage"], keys) if keys else record["stage"]
+        return stage, record["eval/acc"], record["epoch"]
+
+    return max(evaluations, key=rank)
+
+
 def check_disk(config: Config, model_bytes: int, epochs_done: int) -> str:
     """What the run will write, as a line for the user; raises UserError where the disk cannot hold it.
 
