@@ -17,7 +17,8 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 GRAY = "#595959"
 INSTALL = "pip install matplotlib"
 FORMATS = (".png", ".pdf", ".svg")
-WIDTH = 6.2  # of a panel, in inches
+SIZE = (7, 5)  # of a picture, in inches
+MARGIN = 0.8  # of a picture's width: what the panels leave for their labels
 MANY = 30  # a curve with this many points or more gets small markers
 BINS = 200  # at most this many points in a training curve; each is the mean of several steps
 # The keys that a record needs to be drawn
@@ -114,13 +115,13 @@ def drawing(path: Path):
         raise RunError(f"{path}: matplotlib cannot draw it ({' '.join(repr(error).split()):.200})") from error
 
 
-def make_figure(runs: list[Curves], title: str | None = None):
+def make_figure(runs: list[Curves], title: str | None = None, size: tuple[float, float] = SIZE):
     """Draw accuracy above and loss below, over epochs. Training losses are drawn only for a single run.
 
-    Returns a matplotlib Figure.
+    size: of the picture, in inches. Returns a matplotlib Figure.
     """
     is_single = len(runs) == 1
-    figure, (above, below) = _panels()
+    figure, (above, below) = _panels(size)
     for run, color, marker in zip(runs, cycle(COLORS), cycle(MARKERS), strict=False):
         style = {"color": color, "marker": marker, "linewidth": 1.8, "clip_on": False, "zorder": 3}
         style["markersize"] = 5 if len(run.losses) < MANY else 3
@@ -157,8 +158,8 @@ def new_figure(size: tuple[float, float]):
     return Figure(figsize=size, layout="constrained")
 
 
-def _panels():
-    figure = new_figure((7, 5))
+def _panels(size: tuple[float, float]):
+    figure = new_figure(size)
     axes = figure.subplots(2, 1, sharex=True)
     for panel in axes:
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -180,7 +181,8 @@ def _mark_stages(above, below, stages: list[tuple[str, int]], last: float) -> No
     if not stages:
         return
     begins = [begin for _, begin in stages]
-    widths = [WIDTH * (end - begin) / (last - begins[0]) for begin, end in pairwise([*begins, last])]
+    inches = above.figure.get_figwidth() - MARGIN
+    widths = [inches * (end - begin) / (last - begins[0]) for begin, end in pairwise([*begins, last])]
     word = "stage " if min(widths) > 0.65 else ""  # inches
     style = {"textcoords": "offset points", "va": "bottom", "fontsize": 9, "color": GRAY}
     if not word:
@@ -189,7 +191,7 @@ def _mark_stages(above, below, stages: list[tuple[str, int]], last: float) -> No
         for panel in (above, below) if begin > begins[0] else ():
             panel.axvline(begin, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         if width > 0.09 * len(word + stage):
-            middle = begin + width / WIDTH * (last - begins[0]) / 2
+            middle = begin + width / inches * (last - begins[0]) / 2
             above.annotate(word + stage, (middle, 1), (0, 4), xycoords=("data", "axes fraction"), ha="center", **style)
 
 
