@@ -43,6 +43,22 @@ def test_stages_past_max_latent_stage_are_one(tmp_path):
     assert stage_texts(make_figure([read_curves(run)])) == ["stage 1", "stage 2", "stage 3", "stage 4+"]
 
 
+def test_a_narrow_picture_numbers_its_stages(tmp_path):
+    """Where the word has no place, as on a phone, the number alone stands above each stage."""
+    run = read_curves(logged(tmp_path / "run", [0, 1, 2, 3, 4]))
+    assert stage_texts(make_figure([run])) == [f"stage {n}" for n in range(5)]
+    assert stage_texts(make_figure([run], size=(3.7, 5))) == ["stage", *"01234"]
+
+
+def test_a_run_before_its_first_validation_is_drawn(tmp_path):
+    """Training losses alone; matplotlib would warn of a layout that collapses."""
+    path = logged(tmp_path / "run", [0]) / "metrics.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "train/loss" in line))
+    figure = make_figure([read_curves(path)])
+    figure.savefig(tmp_path / "curves.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["validation", "training"]
+
+
 def test_lines_that_are_not_records_are_skipped(tmp_path):
     """Truncated by a power failure, or written by other programs."""
     path = logged(tmp_path / "run", [0, 1]) / "metrics.jsonl"

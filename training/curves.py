@@ -123,7 +123,8 @@ def make_figure(runs: list[Curves], title: str | None = None, size: tuple[float,
     is_single = len(runs) == 1
     figure, (above, below) = _panels(size)
     for run, color, marker in zip(runs, cycle(COLORS), cycle(MARKERS), strict=False):
-        style = {"color": color, "marker": marker, "linewidth": 1.8, "clip_on": False, "zorder": 3}
+        style = {"color": color, "marker": marker, "linewidth": 1.8, "zorder": 3}
+        style["clip_on"] = not run.losses  # a line without points has no extent: not clipped, it spoils the layout
         style["markersize"] = 5 if len(run.losses) < MANY else 3
         label = "validation" if is_single else _plain(run.name)
         above.plot(*_columns(run.accuracies), label=label, **style)
