@@ -34,7 +34,7 @@ from training.evaluation import wilson
 from utils import UserError, command_parser, exit_status, human_size, human_time, say, write_text
 
 SHOWN = 10  # right predictions, and as many wrong ones
-TOKENS, LEAST = 5, 0.005  # of a thought: how many at most, and the least probability
+TOKENS, LEAST = 5, 0.005  # of a thought: how many at most, and the least probability of all but the first
 FIGURES = ("frontier", "tree", "thoughts", "sweep", "controls", "attention")  # analysis commands, in the page's order
 WIDE, NARROW = (8.6, 5.2), (3.7, 5.2)  # the curves on a screen and on a phone, in inches
 
@@ -246,7 +246,7 @@ def why_no_thoughts(run: RecordedRun, predictions: list[dict]) -> str:
 def about_thoughts(run: RecordedRun) -> str:
     return (
         f"Below each: its thoughts, decoded by the output layer of {run.checkpoint} to the {TOKENS} likeliest tokens "
-        f"with their probabilities; those below {LEAST} are left out."
+        f"with their probabilities; less than {LEAST} is left out."
     )
 
 
@@ -271,7 +271,7 @@ def decode(probe: Probe, question: str, count: int) -> list[list[tuple[str, floa
         return []
     [states] = thoughts(probe, [tokenize_question(probe, question)], count)  # [K, D]
     found = (likeliest(probe, row, TOKENS) for row in logits(probe, states))
-    return [[(token, share) for token, share in tokens if share >= LEAST] for tokens in found]
+    return [[first, *(other for other in others if other[1] >= LEAST)] for first, *others in found]
 
 
 def figures_section(run: RecordedRun, folder: Path) -> str:

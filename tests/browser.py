@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -10,16 +11,20 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 # --no-sandbox: root, as in a container, has none; the pages are our own.
-OPTIONS = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+OPTIONS = [
+    "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+    "--no-first-run", "--disable-background-networking",
+]  # fmt: skip
+PATIENCE = 60  # seconds for an answer
 
 
 def find_browser() -> str | None:
-    """The program of a Chromium in PATH, or of one that playwright has installed; None without one."""
+    """The program that CHROMIUM names, a Chromium in PATH, or one that playwright has installed; None without one."""
     cache = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache" / "ms-playwright"))
     installed = [
         str(path) for path in sorted(cache.glob("chromium*/chrome-*/*")) if path.name in (*NAMES, "headless_shell")
     ]
-    return next(filter(None, [*map(shutil.which, NAMES), *installed]), None)
+    return next(filter(None, [os.environ.get("CHROMIUM"), *map(shutil.which, NAMES), *installed]), None)
 
 
 class Browser:
@@ -42,11 +47,19 @@ class Browser:
         self.events: list[dict] = []
 
     def __enter__(self) -> "Browser":
+        try:
+            self._attach()
+        except (RuntimeError, BrokenPipeError):
+            self.__exit__()
+            raise
+        return self
+
+    def _attach(self) -> None:
+        """Open a page and ask for its events."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
-        return self
 
     def __exit__(self, *exception) -> None:
         self.process.kill()
@@ -80,7 +93,7 @@ class Browser:
 
     def evaluate(self, expression: str):
         """The value of a JavaScript expression on the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"])
         return result["result"].get("value")
@@ -102,9 +115,10 @@ class Browser:
 
     def _receive(self) -> dict:
         while b"\0" not in self._buffer:
-            chunk = os.read(self._in, 1 << 20)
+            is_ready, _, _ = select.select([self._in], [], [], PATIENCE)
+            chunk = os.read(self._in, 1 << 20) if is_ready else b""
             if not chunk:
-                raise RuntimeError("the browser has ended")
+                raise RuntimeError(f"the browser {'has ended' if is_ready else f'is silent for {PATIENCE} seconds'}")
             self._buffer += chunk
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
