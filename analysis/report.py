@@ -93,7 +93,7 @@ def lead(run: RecordedRun) -> str:
     interval, items = interval_of(run.best, n), f" on {n:,} items" if n else ""
     result = f"accuracy {run.best['eval/acc']:.3f}{f' ({interval})' if interval else ''}{items}"
     if run.was_trained:
-        return f"{run.title}: {result} after epoch {run.best['epoch']}, the best of the last stage so far."
+        return f"{run.title}: {result} after epoch {run.best['epoch']}, the best of the last stage."
     return f"{run.title}, an evaluation of {run.best.get('checkpoint', 'a model')}: {result}."
 
 
