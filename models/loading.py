@@ -39,6 +39,8 @@ def load_gpt2(source: Source, config: Config, tokenizer: Tokenizer) -> GPT2:
 
     Raises UserError that lists every tensor that does not fit.
     """
+    if config.lora_rank:
+        raise UserError("lora_rank: GPT-2 trains all its weights; adapters are for models of mlx-lm (model_id)")
     if source.weights is None:
         return _fresh_gpt2(source.shape, config, tokenizer)
     tensors = read_tensors(source.weights)

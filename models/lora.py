@@ -76,7 +76,7 @@ class LoraModel(LanguageModel):
         super().__init__(lm, config)
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
-        self.lora = lora
+        self.lora, self.n_tokens = lora, rows[0] if rows else None
         lm.freeze()
         form = lora.to_dict(config.n_layer)["lora_parameters"]
         linear_to_lora_layers(lm, config.n_layer, form | {"keys": set(lora.keys)} if lora.keys else dict(form))
@@ -100,6 +100,37 @@ class LoraModel(LanguageModel):
         own = {"config.json": json.dumps(values, indent=1), ADAPTER_CONFIG: self._adapter_config()}
         return self.config.texts | own
 
+    def fused(self) -> dict[str, mx.array]:
+        """The base with the adapters added to its weights and the rows to its tables, under Hugging Face's names."""
+        modules = dict(self.lm.named_modules())
+        adapted = {name for name, module in modules.items() if hasattr(module, "fuse")}
+        tensors = {}
+        for name, module in modules.items():
+            if name.rpartition(".")[0] in adapted:
+                continue  # the layer inside, which `fuse` reads
+            plain = module.fuse(dequantize=True) if name in adapted else module
+            own = _dense_arrays(plain, self.n_tokens)
+            tensors |= {f"{name}.{key}": array.astype(mx.float32) for key, array in own.items()}
+        return tensors
+
+    def peft_tensors(self) -> dict[str, mx.array]:
+        """The adapters as the library PEFT names and lays them out; the special tokens' rows have no place there."""
+        adapters = self.saved_tensors()[ADAPTERS]
+        names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+        return {
+            f"base_model.model.{path}.{names[leaf]}": mx.contiguous(tensor.T)
+            for (path, leaf), tensor in ((name.rsplit(".", 1), tensor) for name, tensor in adapters.items())
+        }
+
+    def peft_config(self) -> dict:
+        """The content of PEFT's adapter_config.json."""
+        layers = {name.rsplit(".", 2)[-2] for name in self.saved_tensors()[ADAPTERS]}
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.lora.model_id,
+            "r": self.lora.rank, "lora_alpha": self.lora.alpha, "lora_dropout": self.lora.dropout, "bias": "none",
+            "target_modules": sorted(layers),
+        }  # fmt: skip
+
     def load_adapters(self, tensors: dict[str, mx.array], path: Path) -> None:
         """Take saved adapters and rows. Raises UserError where they are not those of this model."""
         expected = {name: tensor.shape for name, tensor in self._tensors().items()}
@@ -116,6 +147,17 @@ class LoraModel(LanguageModel):
         """All that trains, under mlx-lm's names."""
         found = dict(tree_flatten(self.lm.trainable_parameters()))
         return {name: tensor for name, tensor in found.items() if name.rsplit(".", 1)[-1] in LEAVES}
+
+
+def _dense_arrays(module: nn.Module, n_tokens: int | None) -> dict[str, mx.array]:
+    """A module's own parameters, without quantization, and with the rows of special tokens in their table."""
+    arrays = {name: a for name, a in module.items() if isinstance(a, mx.array) and not name.startswith("_")}
+    if "scales" in arrays:
+        form = {"group_size": module.group_size, "bits": module.bits}
+        arrays["weight"] = mx.dequantize(arrays["weight"], arrays.pop("scales"), arrays.pop("biases"), **form)
+    if ROW in arrays:
+        arrays["weight"] = mx.concatenate([arrays["weight"][:n_tokens], arrays.pop(ROW)], axis=0)
+    return arrays
 
 
 def _add_rows(embedding: nn.Module, n_tokens: int, prototype: int) -> None:
