@@ -250,6 +250,11 @@ class GPT2(nn.Module):
             x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
 
+    @property
+    def head(self) -> nn.Module:
+        """The module that holds the output layer's parameters."""
+        return self.wte
+
     def logits(self, hidden: mx.array) -> mx.array:
         """The product with the tied embedding: [..., D] -> [..., vocabulary]."""
         return self.wte.as_linear(hidden)

@@ -111,6 +111,11 @@ class LanguageModel(nn.Module):
         # A slice, because Gemma scales its input in place, which would change the caller's array.
         return self._run(self.lm.model, embeddings[...], cache=cache)
 
+    @property
+    def head(self) -> nn.Module:
+        """The module that holds the output layer's parameters."""
+        return self.lm.lm_head if "lm_head" in self.lm else self.embedding
+
     def logits(self, hidden: mx.array) -> mx.array:
         """The model's own output layer: [..., D] -> [..., vocabulary]."""
         return self.lm(hidden)

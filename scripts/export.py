@@ -86,9 +86,7 @@ def peft(checkpoint: Path, out: Path) -> None:
 def open_adapters(checkpoint: Path) -> tuple[LoraModel, int]:
     """The model of a checkpoint with adapters, and the id of its end-of-text token."""
     if not (checkpoint / ADAPTERS).is_file():
-        raise UserError(
-            f"{checkpoint}: holds no adapters; --fuse and --peft are for runs with lora_rank"
-        )
+        raise UserError(f"{checkpoint}: holds no adapters; --fuse and --peft are for runs with lora_rank")
     recorded = {name: value for name, value in read_metadata(checkpoint)["config"].items() if name in FIELDS}
     config = Config(**recorded | {"load_model_path": str(checkpoint), "tokenizer": None, "only_eval": True})
     source = find_source(config)

@@ -285,3 +285,21 @@ def test_batches_are_what_the_loop_gets():
     batch = collate(rows(), EOS)
     assert isinstance(batch, Batch) and batch.latent_mask.sum() == 6 and batch.left_padding.max() > 0
     assert json.dumps(tree_map(str, TINY))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_logits_in_parts_change_nothing(name, monkeypatch):
+    """Loss and gradients, of an output layer of its own, a tied one, and one with a cap."""
+    coconut, batch = Coconut(tiny(name, MODELS[name])), collate(rows(), EOS).to_mlx()
+    loss_and_gradient = nn.value_and_grad(coconut, lambda b: coconut(b))
+    loss, gradient = loss_and_gradient(batch)
+    monkeypatch.setattr("coconut.LARGEST_LOGITS", 7 * coconut.transformer.config.vocab_size)
+    calls = []
+    head = type(coconut.transformer).logits
+    monkeypatch.setattr(type(coconut.transformer), "logits", lambda self, x: calls.append(len(x)) or head(self, x))
+    in_parts, other = loss_and_gradient(batch)
+    assert max(calls) == 7
+    assert in_parts.item() == pytest.approx(loss.item(), rel=1e-6)
+    other = dict(tree_flatten(other))
+    for key, found in tree_flatten(gradient):
+        assert mx.allclose(other[key], found, rtol=1e-4, atol=1e-6).item(), key

@@ -191,15 +191,20 @@ def print_summary(run: Run, blas: str) -> None:
     n = n_streams()
     device = "GPU" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
     length = "evaluation only" if config.only_eval else f"{config.num_epochs} epochs"
-    n_parameters = sum(array.size for _, array in tree_flatten(run.model.parameters()))
+    n_parameters, n_trained = (
+        sum(array.size for _, array in tree_flatten(tree))
+        for tree in (run.model.parameters(), run.model.trainable_parameters())
+    )
+    trained = f", {n_trained:,} of them train" if n_trained < n_parameters else ""
     sizes = f"{len(run.valid):,} items of {config.val_path}"
     if run.train:
         sizes = f"{len(run.train):,} training items of {config.train_path}, {sizes}"
     say(f"run:   {config.name}, {config.method.name}, {length}, on {device}")
-    say(f"model: {n_parameters:,} parameters ({shape.n_layer} layers, {shape.n_embd} wide) from {run.source}")
+    size = f"{shape.n_layer} layers, {shape.n_embd} wide"
+    say(f"model: {n_parameters:,} parameters ({size}{trained}) from {run.source}")
     say(f"data:  {sizes}; vocabulary from {run.curriculum.tokenizer.source}")
     say(f"files: {run.directory}")
-    if disk := resume.check_disk(config, 4 * n_parameters, run.first_epoch):
+    if disk := resume.check_disk(config, 4 * n_trained, run.first_epoch):
         say(disk)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
