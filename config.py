@@ -116,6 +116,15 @@ class Config:
         at_least=0,
     )
     tokenizer: str | None = key("a .tiktoken file or a .json list of words; default GPT-2's vocabulary", None)
+    lora_rank: int | None = key(
+        "train adapters of this rank beside a frozen base (other models than GPT-2); None trains all weights", None, 1
+    )
+    lora_alpha: float = key("strength of the adapters: their output counts lora_alpha / lora_rank times", 16, 0)
+    lora_dropout: float = key("dropout in front of the adapters", 0.0, at_least=0, at_most=0.99)
+    lora_keys: str | None = key(
+        "the layers of a block that get adapters, as `self_attn.q_proj, self_attn.v_proj`; None: all linear ones", None
+    )
+    quantize: int | None = key("bits of the frozen base beside adapters (QLoRA): 8 or 4; None leaves it as it is", None)
     bf16: bool = key("bfloat16 compute with float32 parameters (GPU only; on CPU float32 is used)", False)
 
     # Data
@@ -378,6 +387,7 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
         problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
     _check_method(values, problems)
+    _check_adapters(values, problems)
     if values.get("only_eval"):
         if not (values.get("load_model_path") or values.get("model_id")):
             problems.append("only_eval: nothing to evaluate; name a checkpoint with load_model_path")
@@ -394,6 +404,17 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     resume, epochs = values.get("resume") or 0, values.get("num_epochs") or 1
     if resume >= epochs and not values.get("only_eval"):
         problems.append(f"resume: {resume} leaves nothing to train, because num_epochs is {epochs}")
+
+
+def _check_adapters(values: dict, problems: list[str]) -> None:
+    if values.get("quantize") not in (None, 4, 8):
+        problems.append(f"quantize: expected 8, 4 or None, found {values['quantize']}")
+    given = [name for name in ("lora_keys", "quantize", "lora_dropout") if values.get(name)]
+    if given and not values.get("lora_rank") and not values.get("only_eval"):
+        problems.append(f"{', '.join(given)}: no effect without lora_rank")
+    if values.get("lora_dropout") and values.get("grad_checkpoint"):
+        # mlx-lm's adapters draw their dropout from MLX's random state, and the second pass would draw another.
+        problems.append("lora_dropout: not together with grad_checkpoint, which would compute wrong gradients")
 
 
 def _check_method(values: dict, problems: list[str]) -> None:

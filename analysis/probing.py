@@ -11,9 +11,9 @@ import numpy as np
 from coconut import Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, collate
-from models.loading import find_source, load_gpt2
+from models.loading import find_tokenizer, load_model
+from models.source import find_source
 from text.reader import Example
-from text.tokenizer import load_tokenizer
 from text.tokens import TokenExample, encode_example
 from training import resume
 from training.checkpoint import read_metadata
@@ -57,9 +57,9 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
     keys = {"load_model_path": str(folder), "tokenizer": tokenizer or _vocabulary(recorded["tokenizer"], folder)}
     config = Config(**{**recorded, **keys, "only_eval": True, "resume": metadata["epoch"] - 1, "debug": False})
     source = find_source(config, folder)
-    words = load_tokenizer(config.tokenizer, source.folder)
+    words = find_tokenizer(source, config)
     resume.check_tokenizer(folder, words)
-    return Probe(Coconut(load_gpt2(source, config, words)).eval(), Curriculum(config, words))
+    return Probe(Coconut(load_model(source, config, words)).eval(), Curriculum(config, words))
 
 
 def _vocabulary(recorded: str | None, folder: Path) -> str | None:

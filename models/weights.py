@@ -2,6 +2,7 @@
 
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from utils import UserError, human_size, memory_size, read_json, say, warn
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PREFIX = re.compile(r"^(model\.)?(base_causallm\.)?(transformer\.)?")
+AROUND = re.compile(r"^(model\.)?base_causallm\.")  # the official Coconut around any model
 MASK_BUFFER = re.compile(r"^h\.\d+\.attn\.(bias|masked_bias)$")  # not c_attn.bias, which is a parameter
 TRANSPOSED = re.compile(r"^h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 BIASED = re.compile(r"^(h\.\d+\..*|ln_f)\.weight$")  # the weights that a bias belongs to
@@ -53,6 +55,15 @@ def canonical(tensors: Tensors, path: Path) -> Tensors:
             tensor = mx.contiguous(tensor.T)
         result[f"transformer.{name}"] = tensor.astype(mx.float32)
     return _with_biases(result, path)
+
+
+def unwrapped(tensors: Tensors, path: Path) -> Tensors:
+    """Tensors of another model than GPT-2 under the names that the wrappers around it were put before.
+
+    Drops the alias of the embedding that the official Coconut saves. Raises UserError for two tensors of one name.
+    """
+    bare = _renamed(tensors, lambda name: AROUND.sub("", WRAPPERS.sub("", name), count=1), path)
+    return {name: tensor for name, tensor in bare.items() if name != "embedding.weight"}
 
 
 def holds_special_tokens(tensors: Tensors, path: Path) -> bool | None:
@@ -104,14 +115,19 @@ def to_mlx_layout(tensors: Tensors, method: str) -> Tensors:
 
 def _bare_names(tensors: Tensors, path: Path) -> Tensors:
     """Tensors without the prefixes of wrappers (DDP, FSDP, torch.compile) and of the models around GPT-2."""
+    bare = _renamed(tensors, lambda name: PREFIX.sub("", WRAPPERS.sub("", name), count=1), path)
+    if "wte.weight" not in bare and "lm_head.weight" in bare:  # safetensors.torch.save_model keeps one of tied tensors
+        bare["wte.weight"] = bare["lm_head.weight"]
+    return bare
+
+
+def _renamed(tensors: Tensors, shorten: Callable[[str], str], path: Path) -> Tensors:
     bare: Tensors = {}
     for name, tensor in tensors.items():
-        short = PREFIX.sub("", WRAPPERS.sub("", name), count=1)
+        short = shorten(name)
         if short in bare and not _equal(bare[short], tensor):
             raise UserError(f"{path}: holds two different tensors for {short}; one of them is called {name}")
         bare[short] = tensor
-    if "wte.weight" not in bare and "lm_head.weight" in bare:  # safetensors.torch.save_model keeps one of tied tensors
-        bare["wte.weight"] = bare["lm_head.weight"]
     return bare
 
 

@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from config import Config
-from models.loading import find_source, load_gpt2
+from models.loading import load_gpt2
+from models.source import find_source
 from models.weights import canonical, nanogpt_shape, read_tensors
 from scripts import export
 from text.tokenizer import load_tokenizer
@@ -332,7 +333,7 @@ def run_beside_the_hub(code: str, home: Path, setting: dict, *arguments: str) ->
 def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
     """Proxies, addresses and tokens that are wrong raise errors of libraries far below huggingface_hub."""
     code = (
-        "from startup import blas; from config import Config; from models.loading import find_source\n"
+        "from startup import blas; from config import Config; from models.source import find_source\n"
         "from utils import UserError\n"
         "try: find_source(Config(save_path='x', name='x', val_path='x', cot=True, model_id='someone/nothing'))\n"
         "except UserError as error: print(error)"
@@ -352,7 +353,7 @@ def test_a_repository_id_is_found_in_the_hub_cache_without_the_network(setting, 
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     code = (
-        "import sys; from startup import blas; from config import Config; from models.loading import find_source\n"
+        "import sys; from startup import blas; from config import Config; from models.source import find_source\n"
         "for revision in (None, sys.argv[1]):\n"
         "    named = dict(model_id='someone/tiny', model_revision=revision)\n"
         "    print(find_source(Config(save_path='x', name='x', val_path='x', cot=True, **named)).weights)"
