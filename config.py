@@ -20,6 +20,7 @@ from methods import METHOD_KEYS, Method, find_method
 from utils import UserError, read_file
 
 REQUIRED = "(required)"
+LARGEST = 10**9  # of all numbers but the seed, so that sums and products of a few of them fit into 64 bits
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux; macOS allows fewer in a path
 NULL = "tag:yaml.org,2002:null"
 PATH_KEYS = {  # `~` and environment variables are expanded in these
@@ -32,7 +33,7 @@ def key(
     meaning: str,
     default=REQUIRED,
     at_least: float | None = None,
-    at_most: float | None = None,
+    at_most: float = LARGEST,
     words: tuple[str, ...] = (),
 ):
     """Declare a configuration key.
@@ -86,7 +87,7 @@ class Config:
         at_least=1,
     )
     removal_smoothing: float | None = key(
-        "curriculum `tokens`: the rate of a random extra removal, P(o) ~ exp(-rate * o); None for no extra", 4, 0
+        "curriculum `tokens`: the rate of a random extra removal, P(o) ~ exp(-rate * o); None for no extra", 4, 1e-6
     )
     c_thought: int = key("continuous thoughts that replace one reasoning step", 1, at_least=0)
     epochs_per_stage: int = key("epochs of each training stage", 1, at_least=1)
@@ -366,7 +367,7 @@ def _check_range(name: str, value, problems: list[str]) -> None:
         return
     if at_least is not None and value < at_least:
         problems.append(f"{name}: expected at least {at_least}, found {value}")
-    if at_most is not None and value > at_most:
+    if value > at_most:
         problems.append(f"{name}: expected at most {at_most}, found {value}")
 
 
@@ -411,8 +412,8 @@ def _check_method(values: dict, problems: list[str]) -> None:
     for name in ("tokens_per_epoch", "remove_all_from", "removal_smoothing"):
         if curriculum != "tokens" and values.get(name, FIELDS[name].default) != FIELDS[name].default:
             problems.append(f"{name}: has no effect without curriculum `tokens`")
-    if curriculum == "tokens" and 0 in (values.get("tokens_per_epoch"), values.get("removal_smoothing")):
-        problems.append("tokens_per_epoch, removal_smoothing: expected more than 0")
+    if curriculum == "tokens" and values.get("tokens_per_epoch") == 0:
+        problems.append("tokens_per_epoch: expected more than 0")
     if not find_method(chosen[0], thought, curriculum):
         known = [pair for pair in itertools.product(*words.values()) if find_method(chosen[0], *pair)]
         listed = "; ".join(f"`{thought}` with `{curriculum}`" for thought, curriculum in known)

@@ -544,6 +544,15 @@ def test_a_dry_run_times_the_first_stage_and_the_most_expensive_one(tiny, call_m
     assert "s a step at stage 0, so" in only
 
 
+def test_a_dry_run_of_a_billion_epochs_has_a_line_for_each_stage_that_differs(tiny, call_main):
+    """All past max_latent_stage are alike; num_epochs may be any number, so nothing may go through the epochs."""
+    outcome = call_main(tiny.config(num_epochs=10**9, keep_checkpoints=1), "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert re.findall(r"^  (epochs? .*?),", outcome.out, re.MULTILINE) == [
+        "epoch 1: stage 0", "epoch 2: stage 1", "epoch 3: stage 2", "epochs 4 to 1000000000: stages 3 to 999999999"
+    ]  # fmt: skip
+
+
 def test_a_dry_run_writes_no_token_cache(tiny, call_main, monkeypatch):
     monkeypatch.setattr(tokens, "MIN_CACHED_BYTES", 0)
     cache = tiny.folder / "cache"
