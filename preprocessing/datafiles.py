@@ -46,6 +46,8 @@ def run(main):
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except BrokenPipeError:
+        sys.exit(signals.reader_left())
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
