@@ -30,7 +30,7 @@ from startup import blas  # noqa: F401  before mlx
 
 from config import Config, load_config
 from dataset import Curriculum
-from training.resume import merged_stage
+from training.curves import merged_stage
 from utils import UserError, command_parser, exit_status, markdown_table, read_records, say, write_text
 
 HEAD = ["method", "data", "accuracy", "of each seed", "tokens", "s / example", "best epoch", "seeds", "runs", "note"]
@@ -157,11 +157,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def best_of_last_stage(evaluations: list[dict], config: Config | None) -> dict:
-    """The evaluation of the checkpoint that resume.best_checkpoint chooses: of equal ones the last."""
+    """The evaluation of the checkpoint that resume.best_checkpoint chooses: of equal ones the first."""
 
-    def rank(record: dict) -> tuple[int, float, int]:
-        stage = merged_stage(record["stage"], config.to_dict()) if config else record["stage"]
-        return stage, record["eval/acc"], record["epoch"]
+    def rank(record: dict) -> tuple[float, float, int]:
+        stage = merged_stage(record["stage"], config.to_dict() if config else {})
+        return stage, record["eval/acc"], -record["epoch"]
 
     return max(evaluations, key=rank)
 

@@ -54,7 +54,7 @@ def test_lines_that_are_not_records_are_skipped(tmp_path):
     assert read_curves(path) == whole
 
 
-@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n"])
+@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n", b"max_latent_stage: x\n", b"[1]"])
 def test_without_a_config_every_stage_is_shown_as_logged(config, tmp_path):
     run = logged(tmp_path / "run", [0, 1, 2])
     if config is not None:

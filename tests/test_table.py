@@ -50,9 +50,9 @@ def test_a_row_is_the_best_epoch_of_the_last_stage(make_run, capsys):
     ]  # fmt: skip
 
 
-def test_of_equal_epochs_the_last_counts(make_run, capsys):
+def test_of_equal_epochs_the_first_counts(make_run, capsys):
     """As in resume.best_checkpoint, so that the row is about the checkpoint that load_model_path takes."""
-    assert rows_of(capsys, make_run("a", [(3, 0.5)] * 4 + [(3, 0.4)]))[0][6] == "4"
+    assert rows_of(capsys, make_run("a", [(3, 0.4)] + [(3, 0.5)] * 4))[0][6] == "2"
 
 
 def test_runs_that_differ_by_their_seed_share_a_row(make_run, tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_a_seed_that_occurs_twice_is_noted(make_run, tmp_path, capsys):
     for name, seed in {"a": 3, "b": 1, "c": 3}.items():
         make_run(name, [(3, 0.1 * seed)] * 5, seed=seed)
     assert rows_of(capsys, tmp_path)[0][3:] == [
-        "0.100 0.300 0.300", "10.0", "0.2500", "5 5 5", "2", "b, a, c", "seed 3 in 2 runs",
+        "0.100 0.300 0.300", "6.0", "0.2500", "1 1 1", "2", "b, a, c", "seed 3 in 2 runs",
     ]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_an_evaluation_is_a_row_of_its_own(make_run, tmp_path, capsys):
     evaluate(run / "only_eval", 0.9, 0.4)
     other = evaluate(tmp_path / "runs/b", 0.3)
     rows = [
-        ["Coconut", "valid.json", "0.500 (0.250 to 0.750)", "0.500", "10.0", "0.2500", "5", "1", "a", ""],
+        ["Coconut", "valid.json", "0.500 (0.250 to 0.750)", "0.500", "6.0", "0.2500", "1", "1", "a", ""],
         ["?", "?", "0.400", "0.400", "3.0", "", "5", "", "a/only_eval", "no config.yaml, newest of 2 evaluations"],
         ["?", "?", "0.300", "0.300", "3.0", "", "5", "", "b", "no config.yaml"],
     ]
@@ -262,7 +262,7 @@ def test_csv_has_all_digits(make_run, tmp_path):
     assert row["method"] == "Coconut" and row["interval_low"] == ""
     assert [float(a) for a in row["accuracies"].split()] == [0.1 + 1 / 3, 0.2 + 1 / 3]
     assert float(row["standard_deviation"]) == pytest.approx(0.1 / 2**0.5)
-    assert row["epochs"] == "5 5" and row["seeds"] == "1 2" and row["n_seeds"] == "2"
+    assert row["epochs"] == "1 1" and row["seeds"] == "1 2" and row["n_seeds"] == "2"
     assert row["runs"] == f"{runs[0]}, {runs[1]}"
 
 

@@ -423,17 +423,20 @@ def test_export_writes_what_the_older_mlx_port_reads(method, trained, words, tmp
 
 
 def test_a_run_directory_stands_for_its_best_checkpoint_of_the_last_stage(trained, tmp_path):
-    """Stage 0 answers with all its steps in words: its accuracy is not that of the trained method."""
+    """Stage 0 answers with all its steps in words: its accuracy is not that of the trained method.
+
+    Of equal accuracies the first is the best, as in training (`best so far`, keep_checkpoints, save_only_improve).
+    """
     for epoch, stage in ((1, 0), (2, 1), (3, 1), (4, 1)):
         folder = tmp_path / f"checkpoint_{epoch}"
         folder.mkdir()
         record = json.loads((trained.run_dir / "checkpoint_1" / "coconut.json").read_text())
         record |= {"epoch": epoch, "stage": stage}
         write_record(folder, record)
-    accuracies = {1: 0.9, 2: 0.3, 3: 0.5, 4: 0.4}
-    lines = [json.dumps({"epoch": epoch, "eval/acc": value}) for epoch, value in accuracies.items()]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert best_checkpoint(tmp_path).name == "checkpoint_3"
+    for accuracies, best in (({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.4}, 3), ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.5}, 3)):
+        lines = [json.dumps({"epoch": epoch, "eval/acc": value}) for epoch, value in accuracies.items()]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        assert best_checkpoint(tmp_path).name == f"checkpoint_{best}"
     (tmp_path / "metrics.jsonl").unlink()
     assert best_checkpoint(tmp_path).name == "checkpoint_4"
 
