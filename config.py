@@ -20,7 +20,7 @@ from methods import METHOD_KEYS, Method, find_method
 from utils import UserError, read_file
 
 REQUIRED = "(required)"
-LARGEST = 10**9  # of all numbers but the seed, so that sums and products of a few of them fit into 64 bits
+LARGEST = 10**9  # of whole numbers but the seed: products of a few of them fit into 64 bits
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux; macOS allows fewer in a path
 NULL = "tag:yaml.org,2002:null"
 PATH_KEYS = {  # `~` and environment variables are expanded in these
@@ -33,7 +33,7 @@ def key(
     meaning: str,
     default=REQUIRED,
     at_least: float | None = None,
-    at_most: float = LARGEST,
+    at_most: float | None = None,
     words: tuple[str, ...] = (),
 ):
     """Declare a configuration key.
@@ -80,7 +80,7 @@ class Config:
         "steps",
         words=("steps", "tokens", "none"),
     )
-    tokens_per_epoch: float = key("curriculum `tokens`: tokens removed per epoch", 1, at_least=0)
+    tokens_per_epoch: float = key("curriculum `tokens`: tokens removed per epoch", 1, at_least=0, at_most=LARGEST)
     remove_all_from: int | None = key(
         "curriculum `tokens`: once so many tokens are due, the whole chain goes; where None, the longest chain decides",
         39,
@@ -182,8 +182,13 @@ class Config:
         return self.max_new_tokens or (64 if "gsm" in self.val_path else 128)
 
     def to_yaml(self) -> str:
-        """The resolved configuration, every key included, in a form that loads again."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """The resolved configuration, every key included, in a form that loads again.
+
+        But for `resume` of an evaluation that takes its stage from the checkpoint: given, it would decide next time.
+        """
+        left_out = {"resume"} if self.only_eval and not self.resume_given else set()
+        keys = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
     def to_dict(self) -> dict:
         """Every key and its value."""
@@ -367,7 +372,9 @@ def _check_range(name: str, value, problems: list[str]) -> None:
         return
     if at_least is not None and value < at_least:
         problems.append(f"{name}: expected at least {at_least}, found {value}")
-    if value > at_most:
+    if at_most is None and isinstance(value, int):
+        at_most = LARGEST
+    if at_most is not None and value > at_most:
         problems.append(f"{name}: expected at most {at_most}, found {value}")
 
 

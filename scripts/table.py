@@ -53,8 +53,8 @@ class Result:
 
     @property
     def row(self) -> str:
-        """What the runs of one row have in common."""
-        if not self.config:
+        """What the runs of one row have in common. An evaluation does not know how its checkpoint was trained."""
+        if not self.config or self.config.only_eval:
             return str(self.folder)
         keys = {name: value for name, value in self.config.to_dict().items() if name not in {*WITHOUT_EFFECT, "seed"}}
         keys["load_model_path"] = Path(keys["load_model_path"] or "").name  # each seed starts from a folder of its own

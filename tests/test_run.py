@@ -345,13 +345,13 @@ def test_an_empty_directory_and_stray_files_do_not_disturb(tiny, call_main):
 # only_eval
 
 
-def test_only_eval_prints_everything_and_writes_two_files(evaluate):
+def test_only_eval_prints_everything_and_writes_three_files(evaluate):
     outcome, folder = evaluate(3, resume=2)
     [line] = [line for line in outcome.out.splitlines() if "accuracy" in line]
     pattern = r"epoch 2, stage 2: loss \d+\.\d+, accuracy [0-4]/4 = \d\.\d+ \(95 % interval 0\.\d+ to \d\.\d+\), "
     pattern += r"CoT match \d\.\d+, latents 2, \d+\.\d tokens and \d+\.\d+ s per example"
     assert re.fullmatch(pattern, line)
-    assert names(folder) == {"metrics.jsonl", "predictions_2.jsonl"}
+    assert names(folder) == {"config.yaml", "metrics.jsonl", "predictions_2.jsonl"}
     [record] = jsonl(folder / "metrics.jsonl")
     assert set(record) == EVAL_KEYS | ABOUT_KEYS
     assert "warning" not in outcome.err
@@ -414,6 +414,29 @@ def test_the_resume_of_a_training_run_is_not_that_of_its_evaluation(finished, ca
     keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}"]
     assert "stage 1," in call_main(run / "config.yaml", *keys).out
     assert "stage 0," in call_main(run / "config.yaml", *keys, "resume=0").out
+
+
+def test_the_config_of_an_evaluation_repeats_it(finished, call_main, tmp_path):
+    """The stage stays the checkpoint's: a `resume` in the file would name the predictions after itself."""
+    run = finished[0].runs / "tiny"
+    keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}", "max_latent_stage=1"]
+    assert call_main(run / "config.yaml", *keys).status == 0
+    assert call_main(tmp_path / "tiny" / "config.yaml").status == 0
+    assert names(tmp_path / "tiny") == {"config.yaml", "metrics.jsonl", "predictions_2.jsonl"}
+    first, second = ({**r, "eval/seconds_per_example": 0} for r in jsonl(tmp_path / "tiny" / "metrics.jsonl"))
+    assert first == second
+
+
+def test_an_evaluation_leaves_a_run_that_has_only_begun_alone(finished, call_main, tmp_path):
+    """Nothing is saved before the first epoch ends, or save_interval_minutes are over."""
+    run, begun = finished[0].runs / "tiny", tmp_path / "tiny"
+    begun.mkdir()
+    for name in ("config.yaml", "first_batch.txt"):
+        (begun / name).write_text("mine")
+    keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}"]
+    assert call_main(run / "config.yaml", *keys).status == 0
+    assert names(begun) == {"config.yaml", "first_batch.txt", "only_eval"}
+    assert (begun / "config.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize("change", [

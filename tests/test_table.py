@@ -157,7 +157,7 @@ def test_a_seed_that_occurs_twice_is_noted(make_run, tmp_path, capsys):
 
 
 def evaluate(folder, *accuracies):
-    """Write what only_eval writes: metrics.jsonl without training records, and no config.yaml."""
+    """Write what only_eval of an older version writes: metrics.jsonl without training records, and no config.yaml."""
     folder.mkdir(parents=True)
     lines = [{"eval/acc": accuracy, "eval/n_tokens": 3.0, "epoch": 5, "stage": 3} for accuracy in accuracies]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -165,7 +165,10 @@ def evaluate(folder, *accuracies):
 
 
 def test_an_evaluation_is_a_row_of_its_own(make_run, tmp_path, capsys):
-    """Its newest record counts: the best one would be chosen on the test set. Nothing tells its method."""
+    """Its newest record counts: the best one would be chosen on the test set. Without a config.yaml no method is told.
+
+    Nothing in it tells how its checkpoint was trained, so two of them never share a row.
+    """
     run = make_run("runs/a", [(3, 0.5)] * 5)
     evaluate(run / "only_eval", 0.9, 0.4)
     other = evaluate(tmp_path / "runs/b", 0.3)
@@ -178,8 +181,12 @@ def test_an_evaluation_is_a_row_of_its_own(make_run, tmp_path, capsys):
     assert rows_of(capsys, run, other) == rows
     config = Config(**{**KEYS, "name": "b", "coconut": True, "only_eval": True, "num_epochs": 25, "seed": 7})
     (other / "config.yaml").write_text(config.to_yaml())
+    (run / "only_eval" / "config.yaml").write_text(config.to_yaml())
     expected = ["Coconut", "valid.json", "0.300", "0.300", "3.0", "", "5", "1", "b", ""]
     assert rows_of(capsys, other) == [expected]
+    evaluate(tmp_path / "runs/c", 0.3)
+    (tmp_path / "runs/c/config.yaml").write_text(config.to_yaml())
+    assert [row[8] for row in rows_of(capsys, tmp_path / "runs")] == ["a", "a/only_eval", "b", "c"]
 
 
 def test_a_run_is_one_row_however_it_is_named(make_run, tmp_path, monkeypatch, capsys):

@@ -112,9 +112,10 @@ def output_directory(config: Config) -> Path:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
     apart = "debug" if config.debug else "only_eval" if config.only_eval else None
-    if apart and config.run_dir.is_dir() and resume.holds_training(config.run_dir):
-        return config.run_dir / apart
-    return config.run_dir
+    if not apart or not config.run_dir.is_dir():
+        return config.run_dir
+    has_begun = config.only_eval and (config.run_dir / "first_batch.txt").is_file()  # but has not saved anything
+    return config.run_dir / apart if has_begun or resume.holds_training(config.run_dir) else config.run_dir
 
 
 def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:

@@ -248,7 +248,8 @@ def train(run: Run) -> None:
 
 
 def evaluate_once(run: Run) -> None:
-    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl and predictions_N.jsonl.
+    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl, predictions_N.jsonl and
+    config.yaml.
 
     N is `resume`, as in the official code, or the number of epochs that the checkpoint was trained for.
     """
@@ -258,6 +259,8 @@ def evaluate_once(run: Run) -> None:
     metrics = MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
     with metrics, StopSignals() as stop:
         evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), stop)
+    if run.group.is_main:  # now it is about the newest record
+        write_text(run.directory / "config.yaml", config.to_yaml())
 
 
 def evaluate(
