@@ -250,7 +250,6 @@ def _read_yaml(path: str, problems: list[str]) -> dict:
             found = _describe(loader.construct_document(node) if node else None)
             raise UserError(f"{path}: expected `key: value` lines, found {found}")
         _note_repeated_keys(node, problems)
-        loader.flatten_mapping(node)
         values = {}
         for name, value in node.value:
             text = value.value if isinstance(value, yaml.ScalarNode) and value.tag != NULL else None

@@ -342,6 +342,12 @@ def test_a_key_given_twice_is_named_with_its_lines(load):
     assert f"lr: given twice, in lines 1 and {last}; keep one" in problems_of(load, text)
 
 
+def test_a_merge_key_of_yaml_is_refused(load):
+    """Keys that it brings would be checked by none of the rules for a file: text that stays text, a key given twice."""
+    [problem] = problems_of(load, SMALL.strip() + "\n<<: {lr: 1e-3, lr: 1e-4}\n")
+    assert problem.startswith("<<: unknown key")
+
+
 def test_a_norm_of_0_is_refused(load):
     assert "max_grad_norm: 0 would train nothing; None switches clipping off" in problems_of(
         load, SMALL, "max_grad_norm=0"
