@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -481,6 +482,18 @@ def test_bfloat16_arrays_of_an_npz_file(tmp_path):
     values = mx.array([1.5, -2.0]).astype(mx.bfloat16)
     mx.savez(str(tmp_path / "half.npz"), x=values)
     assert mx.array_equal(read_tensors(tmp_path / "half.npz")["x"], values).item()
+
+
+@pytest.mark.parametrize("start", [b"<", b"\x80", b"PK\0"])
+def test_a_safetensors_file_is_told_by_its_header_whatever_its_size(start, tmp_path):
+    """The file begins with the header's size, which can have the first bytes of a web page, a pickle or an archive."""
+    tensors, unit = {"wte.weight": mx.ones((2, 3))}, 256 ** len(start)
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors, {"pad": ""})
+    [size] = struct.unpack("<Q", (tmp_path / "a.safetensors").read_bytes()[:8])
+    pad = "x" * ((int.from_bytes(start, "little") - size) % unit)
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors, {"pad": pad})
+    assert (tmp_path / "a.safetensors").read_bytes().startswith(start)
+    assert read_tensors(tmp_path / "a.safetensors").keys() == tensors.keys()
 
 
 def test_a_tensor_larger_than_the_memory_is_refused(tmp_path):
