@@ -179,6 +179,17 @@ def test_neither_the_users_backend_nor_the_users_rc_is_used(tmp_path, backend, r
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_matplotlibrc_in_the_current_folder_is_not_used(tmp_path):
+    """It comes before the one that a variable names."""
+    run = logged(tmp_path / "run", [0, 0, 1])
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: Nowhere\nbackend: TkAgg\nsavefig.dpi: 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plot", str(run)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_whatever_drawing_raises_costs_one_warning(tmp_path, monkeypatch, capsys):
     run = logged(tmp_path / "run", [0, 0, 1])
     monkeypatch.setattr(curves, "_warned", False)

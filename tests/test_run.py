@@ -332,14 +332,16 @@ def test_a_file_system_without_locks_is_no_other_process(tiny, call_main, monkey
 
 
 def test_an_empty_directory_and_stray_files_do_not_disturb(tiny, call_main):
+    """A killed process's temporary files are removed."""
     folder = tiny.runs / "tiny"
     folder.mkdir(parents=True)
-    for stray in ("checkpoint_12.pt", "notes.txt", "checkpoint_best", "checkpoint_", "state_x"):
+    for stray in ("checkpoint_12.pt", "notes.txt", "checkpoint_best", "checkpoint_", "state_x", ".config.yaml.7.tmp"):
         (folder / stray).write_text("mine")
     outcome = call_main(tiny.config(num_epochs=1))
     assert outcome.status == 0, outcome.err
     assert {"checkpoint_1", "notes.txt", "checkpoint_12.pt"} <= names(folder)
     assert (folder / "checkpoint_12.pt").read_text() == "mine"
+    assert not list(folder.glob(".*.tmp"))
 
 
 # only_eval

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -105,13 +105,23 @@ def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
 
 @contextmanager
 def drawing(path: Path):
-    """Raise RunError in the place of what matplotlib raises, which may be anything."""
+    """Draw with matplotlib's own defaults; raise RunError in the place of what it raises, which may be anything."""
     try:
-        yield
+        with _default_style():
+            yield
     except (UserError, OSError):
         raise
     except Exception as error:
         raise RunError(f"{path}: matplotlib cannot draw it ({' '.join(repr(error).split()):.200})") from error
+
+
+def _default_style():
+    """A matplotlibrc in the current folder comes before the one that startup/settings.py names."""
+    try:
+        from matplotlib import rc_context, rcParamsDefault
+    except ImportError:
+        return nullcontext()  # new_figure says so
+    return rc_context({name: value for name, value in rcParamsDefault.items() if "backend" not in name})
 
 
 def make_figure(runs: list[Curves], title: str | None = None):
