@@ -127,6 +127,13 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
     assert signalled("signal.raise_signal(2)\nprint('still here')", tmp_path, ignored).stdout == "still here\n"
 
 
+def test_nohup_is_respected_during_training(tmp_path):
+    """It starts a command with SIGHUP ignored; Ctrl-C stays a request to stop."""
+    code = "with utils.StopSignals() as stop:\n signal.raise_signal(1)\n stop.check()\n print('still here')"
+    ignored = LISTEN.replace("SIGINT", "SIGHUP").replace("SIG_DFL", "SIG_IGN")
+    assert signalled(code, tmp_path, ignored).stdout == "still here\n"
+
+
 @pytest.mark.parametrize("existing, expected", [(None, "1000000"), ("7", "7")])
 def test_a_variable_that_the_user_has_set_stays(existing, expected, monkeypatch):
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", existing or "")

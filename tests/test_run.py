@@ -644,6 +644,31 @@ def test_what_an_epochs_last_step_spoils_is_not_saved(lr, tiny, call_main):
     assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1, 2]
 
 
+def test_weights_that_no_loss_shows_to_be_spoiled_are_not_saved(tiny, call_main, monkeypatch):
+    """A position that no item reaches yet."""
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    before = names(tiny.runs / "tiny")
+    take_step = step.TrainStep.__call__
+
+    def spoil(self, *words):
+        positions = self.model.transformer.wpe
+        positions.weight = mx.concatenate([positions.weight[:-1], mx.full((1, 16), mx.inf)])
+        return take_step(self, *words)
+
+    monkeypatch.setattr(step.TrainStep, "__call__", spoil)
+    outcome = call_main(tiny.config(num_epochs=2))
+    assert outcome.status == 1 and "the weights or the optimizer's moments are not finite after epoch 2" in outcome.err
+    assert names(tiny.runs / "tiny") == before
+
+
+def test_a_gradient_that_is_not_finite_is_not_logged(tiny, call_main, monkeypatch):
+    """Its norm is too large for float32, and the loss is not."""
+    monkeypatch.setattr(step, "gradient_norm", lambda gradient: mx.array(mx.inf))
+    outcome = call_main(tiny.config(num_epochs=1))
+    assert outcome.status == 1 and "the gradient is inf in epoch 1, step 0" in outcome.err
+    assert tiny.records() == []
+
+
 def test_an_evaluation_that_is_not_finite_is_not_logged(finished, tiny, call_main):
     """Finite weights that are too large: no NaN in metrics.jsonl."""
     tensors = mx.load(str(finished[0].runs / "tiny" / "checkpoint_1" / "model.safetensors"))

@@ -144,6 +144,8 @@ class Trainer:
 
     def _log_step(self, result: StepResult) -> None:
         epoch, step, per_epoch = self.state.epoch, self.state.step, self.run.steps_per_epoch
+        if not math.isfinite(result.gradient_norm):  # on all ranks
+            self.group.agree(diverged(f"the gradient is {result.gradient_norm} in epoch {epoch + 1}, step {step}"))
         self.metrics.log({
             "train/epoch": epoch + 1, "train/step": epoch * per_epoch + step, "train/loss": result.loss,
             "train/lr": self._learning_rate(), "train/grad_norm": result.gradient_norm,
