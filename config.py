@@ -332,6 +332,8 @@ def _as_path(name: str, value: str, problems: list[str]) -> str:
         if "\0" in value:
             raise ValueError("a null character")
         path = os.path.expandvars(os.path.expanduser(value)) if name in PATH_KEYS else value
+        if name in PATH_KEYS and path.startswith(("~", "$")):  # left as it is, it would become a folder of that name
+            raise ValueError(f"a user or variable that is not there: {path}")
         if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
             raise ValueError(f"one of {len(path):,} characters")
         return path

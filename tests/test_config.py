@@ -183,6 +183,8 @@ def test_all_problems_are_reported_at_once(load):
         ("val_path: YOUR_PATH/x.json", "val_path: still the placeholder 'YOUR_PATH/x.json'; put your own path there"),
         ("train_path: None", "train_path: missing; needed unless only_eval is True"),
         ("model_id: None", "model: name model_id, load_model_path or model_config_path"),
+        ("val_path: $NOT_SET/x", "val_path: expected a path, found a user or variable that is not there: $NOT_SET/x"),
+        ("save_path: ~no-one/x", "save_path: expected a path, found a user or variable that is not there: ~no-one/x"),
         ("resume: 1", "resume: 1 leaves nothing to train, because num_epochs is 1"),
     ],
 )
@@ -365,6 +367,9 @@ def test_paths_are_expanded(load, monkeypatch):
     monkeypatch.setenv("RUNS", "/scratch")
     config = load(SMALL, "save_path=$RUNS/x", "val_path=~/valid.json", "name=~me")
     assert (config.save_path, config.val_path, config.name) == ("/scratch/x", "/home/me/valid.json", "~me")
+    names = {name for name in FIELDS if name.endswith("_path")} | {"model_id", "tokenizer", "token_cache"}
+    config = load(SMALL, *(f"{name}=${{RUNS}}/{name}" for name in names))
+    assert {name: getattr(config, name) for name in names} == {name: f"/scratch/{name}" for name in names}
 
 
 @pytest.mark.parametrize(("key", "thought", "curriculum", "row"), [
