@@ -29,7 +29,7 @@ class RecordedRun:
     folder: Path
     records: list[dict]  # the lines of metrics.jsonl
     n_unreadable: int  # lines of it that are no records
-    own_config: Config | None  # that of config.yaml; an evaluation writes none
+    own_config: Config | None  # that of config.yaml; older evaluations have none
 
     @cached_property
     def evaluations(self) -> list[dict]:

@@ -313,7 +313,7 @@ def configuration_section(run: RecordedRun) -> str:
         default = FIELDS[name].default
         row = (name, FIELDS[name].metadata["meaning"], value, default)
         (others if value == default else changed).append(row)
-    source = "" if run.own_config else page.paragraph(f"That of {run.checkpoint}; an evaluation keeps none of its own.")
+    source = "" if run.own_config else page.paragraph(f"That of {run.checkpoint}; this folder has no config.yaml.")
     folded = page.folded(f"The other {len(others)} keys, which have their defaults", page.keys_table(others))
     return source + page.keys_table(changed) + folded
 

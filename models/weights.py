@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from methods import METHODS
+from text.stand_ins import find_stand_in
 from utils import UserError, human_size, memory_size, read_json, say, warn
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -188,13 +189,14 @@ def _format(path: Path) -> str:
         raise UserError(f"{path}: not a regular file; expected weights")
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head, size = file.read(64), path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights ({error.strerror})") from error
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
-        raise UserError(f"{path}: a web page, not weights; download the file itself")
+    header_size = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and 8 + header_size <= size:  # first, because the size can have the bytes of any other kind
+        return "safetensors"
+    if found := find_stand_in(head):
+        raise UserError(f"{path}: {found[0]}, not weights; {found[1]}")
     if head.startswith(LEGACY_TORCH):
         return "torch"
     if head.startswith(b"\x80"):

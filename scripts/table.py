@@ -30,7 +30,8 @@ from startup import blas  # noqa: F401  before mlx
 
 from config import Config, load_config
 from dataset import Curriculum
-from training.resume import best_evaluation, merged_stage
+from training.curves import merged_stage
+from training.resume import best_evaluation
 from utils import UserError, command_parser, exit_status, markdown_table, read_records, say, write_text
 
 HEAD = ["method", "data", "accuracy", "of each seed", "tokens", "s / example", "best epoch", "seeds", "runs", "note"]
@@ -53,8 +54,8 @@ class Result:
 
     @property
     def row(self) -> str:
-        """What the runs of one row have in common."""
-        if not self.config:
+        """What the runs of one row have in common. An evaluation does not know how its checkpoint was trained."""
+        if not self.config or self.config.only_eval:
             return str(self.folder)
         keys = {name: value for name, value in self.config.to_dict().items() if name not in {*WITHOUT_EFFECT, "seed"}}
         keys["load_model_path"] = Path(keys["load_model_path"] or "").name  # each seed starts from a folder of its own

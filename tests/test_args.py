@@ -60,7 +60,8 @@ def test_none_is_warned_to_train_no_thought(path):
 @pytest.mark.parametrize(("changes", "is_warned"), [
     ([], False), (["max_latent_stage=0"], True), (["c_thought=0"], True), (["num_epochs=4"], False),
     (["num_epochs=3", "resume=0"], True), (["num_epochs=3", "resume=0", "uniform_prob=0.1"], False),
-    (["coconut=False", "cot=True"], False),
+    (["coconut=False", "cot=True"], False), (["num_epochs=1_000_000_000", "c_thought=0"], True),
+    (["num_epochs=1_000_000_000"], False),
 ])  # fmt: skip
 def test_a_run_that_trains_no_thought_is_found(changes, is_warned):
     config = load_config(str(ROOT / "args" / "gsm_coconut.yaml"), changes)

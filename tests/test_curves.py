@@ -70,7 +70,7 @@ def test_lines_that_are_not_records_are_skipped(tmp_path):
     assert read_curves(path) == whole
 
 
-@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n"])
+@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n", b"max_latent_stage: x\n", b"[1]"])
 def test_without_a_config_every_stage_is_shown_as_logged(config, tmp_path):
     run = logged(tmp_path / "run", [0, 1, 2])
     if config is not None:
@@ -193,6 +193,17 @@ def test_neither_the_users_backend_nor_the_users_rc_is_used(tmp_path, backend, r
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_matplotlibrc_in_the_current_folder_is_not_used(tmp_path):
+    """It comes before the one that a variable names."""
+    run = logged(tmp_path / "run", [0, 0, 1])
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: Nowhere\nbackend: TkAgg\nsavefig.dpi: 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plot", str(run)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_whatever_drawing_raises_costs_one_warning(tmp_path, monkeypatch, capsys):

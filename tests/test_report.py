@@ -260,7 +260,14 @@ def test_an_evaluation(runs):
     found = make(runs / "seen")
     assert "Coconut, an evaluation of" in found.text and "Nothing was trained here" in found.text
     assert [card.count("thought ") for card in found.cards] == [2] * 20
-    assert "an evaluation keeps none of its own" in found.text
+    assert "this folder has no config.yaml" not in found.text
+
+
+def test_an_evaluation_without_its_configuration(runs, tmp_path):
+    """As older ones are: the keys are those of the checkpoint."""
+    shutil.copytree(runs / "seen", tmp_path / "old")
+    (tmp_path / "old" / "config.yaml").unlink()
+    assert "this folder has no config.yaml" in make(tmp_path / "old").text
 
 
 # What is missing is said

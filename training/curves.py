@@ -2,7 +2,7 @@
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -82,7 +82,7 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
         training=_bin_means(steps),
         losses=[(record["epoch"], record["eval/loss"]) for record in evaluations],
         accuracies=[(record["epoch"], record["eval/acc"]) for record in evaluations],
-        stages=_stages(evaluations + steps, _max_latent_stage(path.with_name("config.yaml"))) if steps else [],
+        stages=_stages(evaluations + steps, _read_keys(path.with_name("config.yaml"))) if steps else [],
     )
 
 
@@ -106,13 +106,23 @@ def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
 
 @contextmanager
 def drawing(path: Path):
-    """Raise RunError in the place of what matplotlib raises, which may be anything."""
+    """Draw with matplotlib's own defaults; raise RunError in the place of what it raises, which may be anything."""
     try:
-        yield
+        with _default_style():
+            yield
     except (UserError, OSError):
         raise
     except Exception as error:
         raise RunError(f"{path}: matplotlib cannot draw it ({' '.join(repr(error).split()):.200})") from error
+
+
+def _default_style():
+    """A matplotlibrc in the current folder comes before the one that startup/settings.py names."""
+    try:
+        from matplotlib import rc_context, rcParamsDefault
+    except ImportError:
+        return nullcontext()  # new_figure says so
+    return rc_context({name: value for name, value in rcParamsDefault.items() if "backend" not in name})
 
 
 def make_figure(runs: list[Curves], title: str | None = None, size: tuple[float, float] = SIZE):
@@ -224,23 +234,34 @@ def _bin_means(records: list[dict]) -> list[tuple[float, float]]:
     ]
 
 
-def _max_latent_stage(config: Path) -> float:
-    """Read the key from the run's config.yaml; infinite if there is none, as for an evaluation or a foreign log."""
+def merged_stage(stage: float, keys: dict) -> float:
+    """A recorded stage, those past max_latent_stage as one, because they train and answer alike.
+
+    keys: the run's configuration; without one, as for a foreign log, the stage itself.
+    """
+    if keys.get("curriculum") == "tokens":
+        return stage  # tokens due, at most those of the longest chain
+    return min(stage, keys.get("max_latent_stage", math.inf) + 1)
+
+
+def _read_keys(config: Path) -> dict:
+    """The keys of the run's config.yaml; none where there is no such file, or another one."""
     try:
         keys = yaml.safe_load(config.read_bytes())
-        return math.inf if keys.get("curriculum") == "tokens" else keys["max_latent_stage"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
-        return math.inf
+    except (OSError, yaml.YAMLError):
+        return {}
+    return keys if isinstance(keys, dict) and isinstance(keys.get("max_latent_stage"), int) else {}
 
 
-def _stages(records: list[dict], max_latent_stage: float) -> list[tuple[str, int]]:
+def _stages(records: list[dict], keys: dict) -> list[tuple[str, int]]:
     """Return each stage with the number of epochs done when it begins; those past max_latent_stage are one, `4+`."""
-    begins: dict[int, int] = {}
+    begins: dict[float, int] = {}
     for record in records:
         epoch = int(record.get("train/epoch", record.get("epoch", 1)))
-        stage = min(record["stage"], max_latent_stage + 1)
+        stage = merged_stage(record["stage"], keys)
         begins[stage] = min(epoch - 1, begins.get(stage, epoch - 1))
-    return [(f"{stage}+" if stage > max_latent_stage else str(stage), begin) for stage, begin in sorted(begins.items())]
+    past = merged_stage(math.inf, keys)
+    return [(f"{stage}+" if stage == past else str(stage), begin) for stage, begin in sorted(begins.items())]
 
 
 def _plain(name: str) -> str:

@@ -58,6 +58,12 @@ class Run:
         """The epoch to start with; the key `resume` counts only in a fresh directory (official run.py)."""
         return self.saved.state.epoch if self.saved else self.config.resume
 
+    @cached_property
+    def spans(self) -> list[range]:
+        """The epochs of this start, those that train alike together."""
+        epochs = range(self.first_epoch, self.config.num_epochs)
+        return list(self.curriculum.spans(epochs, self.train.tokens.step_counts()[-1]))
+
     def metadata(self, epochs_done: int, stage: int) -> dict:
         """What a checkpoint written now says about itself."""
         facts = describe_run(self.curriculum, epochs_done, stage, self.group.world_size)
@@ -106,9 +112,10 @@ def output_directory(config: Config) -> Path:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
     apart = "debug" if config.debug else "only_eval" if config.only_eval else None
-    if apart and config.run_dir.is_dir() and resume.holds_training(config.run_dir):
-        return config.run_dir / apart
-    return config.run_dir
+    if not apart or not config.run_dir.is_dir():
+        return config.run_dir
+    has_begun = config.only_eval and (config.run_dir / "first_batch.txt").is_file()  # but has not saved anything
+    return config.run_dir / apart if has_begun or resume.holds_training(config.run_dir) else config.run_dir
 
 
 def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
@@ -217,12 +224,14 @@ def print_summary(run: Run, blas: str) -> None:
 
 def trains_no_thought(curriculum: Curriculum, first_epoch: int, counts: Sequence[int]) -> bool:
     """Whether a method that thinks never does so in the epochs of a run; counts: the numbers of steps of its items."""
+    if not curriculum.thoughts_per_step:
+        return curriculum.method.thinks  # c_thought 0
     config = curriculum.config
-    stages = {curriculum.stage(epoch) for epoch in range(first_epoch, config.num_epochs)}
+    spans = list(curriculum.spans(range(first_epoch, config.num_epochs), max(counts)))
+    stages = {curriculum.stage(epochs[0]) for epochs in spans}
     if config.uniform_prob:
         stages |= set(range(max(counts) + 1))
-    latents = [curriculum.training_counts(stage, n)[1] for stage in stages for n in counts]
-    return bool(latents) and curriculum.method.thinks and not any(latents)
+    return bool(spans) and not any(curriculum.training_counts(stage, n)[1] for stage in stages for n in counts)
 
 
 def thoughts_of(values: Mapping) -> dict:
