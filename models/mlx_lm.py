@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def __call__(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
         """Run one pass behind the cache's columns: embeddings [B, T, D] -> states after the last norm [B, T, D]."""
-        # A slice, because Gemma scales its input in place, which would change the caller's array.
+        # A slice, because Gemma 3 scales its input in place, which would change the caller's array.
         return self._run(self.lm.model, embeddings[...], cache=cache)
 
     @property

@@ -1,17 +1,18 @@
 """Coconut over mlx-lm's models: our definitions on tiny random models, what is refused, transformers as an oracle."""
 
 import json
-import resource
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from launched import ROOT
 from mlx.utils import tree_flatten, tree_map
 
 from coconut import Batch, Coconut
 from dataset import TrainingSequence, collate
-from models import mlx_lm
 from models.mlx_lm import TESTED, LanguageConfig, LanguageModel, build, self_check
 from models.precision import computing_in
 from models.rope import check_rope, flat_rope
@@ -194,25 +195,24 @@ def test_a_rotation_that_depends_on_the_length_is_refused():
         build(TINY | {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
 
 
-def test_the_limit_of_open_files_stays():
-    """mlx_lm.utils sets it at import."""
-    import importlib
-    import sys
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    utils = sys.modules.pop("mlx_lm.utils", None)
-    try:
-        with mlx_lm._keeping_file_limit():
-            importlib.import_module("mlx_lm.utils")
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
-    finally:
-        if utils:
-            sys.modules["mlx_lm.utils"] = utils
+@pytest.mark.parametrize("limit", [1024, 3000])
+def test_the_limit_of_open_files_stays(limit):
+    """mlx_lm.utils sets it to 2,048 of 4,096 at import, and raises ValueError where fewer are allowed."""
+    code = f"""if True:
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
+        from startup import blas
+        from models.mlx_lm import build
+        build({TINY | {"model_type": "qwen3"}!r})
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == ({limit}, {limit})
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_embeddings_stay_as_they_were():
-    """Gemma scales its input in place."""
-    model = tiny("gemma", GEMMA)
+    """Gemma 3 scales its input in place."""
+    model = tiny("gemma3_text", WINDOWED["gemma3_text"])
     batch = collate(rows(), EOS).to_mlx()
     embeddings = model.embed(batch.input_ids)
     before = np.array(embeddings)
