@@ -5,6 +5,7 @@ it shuffle, split and pad those sequences.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -139,6 +140,24 @@ class Curriculum:
             reached = (stage in scheduled) | (data.n_steps >= stage)  # a drawn stage is one of 0..number of steps
             lengths = np.maximum(lengths, np.where(reached, data.lengths_from(n_dropped) + n_latents, 0))
         return data.question_lengths + lengths + len(self._thoughts(0))
+
+    def spans(self, epochs: range, most_steps: int) -> Iterator[range]:
+        """Consecutive epochs that train alike: those of one stage, and all of the stages that no longer differ.
+
+        Where the chain goes away by tokens: those before, and those after the whole chain is gone. Bisection, because a
+        run may have millions of epochs.
+        """
+        alike = self._last_stage if self.thoughts_per_step else min(self._last_stage, most_steps)  # from it on
+
+        def likeness(epoch: int) -> int:  # it never falls
+            if self.method.drops_steps == "by token":
+                return self.step_stage(epoch, 0, 1) == self.last_removal
+            return min(self.stage(epoch), alike)
+
+        while epochs:
+            end = bisect_right(epochs, likeness(epochs[0]), key=likeness)
+            yield epochs[:end]
+            epochs = epochs[end:]
 
     @property
     def _last_stage(self) -> int:

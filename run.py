@@ -47,20 +47,25 @@ def main(arguments: list[str]) -> int:
     except FailedElsewhere as error:
         status = error.status
     except BrokenPipeError:  # `python run.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        status = signals.reader_left()
+        is_run = not {"-h", "--help", "--dry-run"} & set(arguments)
+        message = f"nobody reads stdout any more, so the run {go_on(arguments, group)}" if is_run else ""
     except OSError as error:
         is_full = error.errno == errno.ENOSPC
         hint = "; make room and run the same command again, what was saved before is intact" if is_full else ""
         status, message = 1, f"error: {error}{hint}"
     except Stopped as stopped:
-        launcher = "the same mlx.launch with " if group.world_size > 1 else ""
-        command_line = f"{launcher}python run.py {shlex.join(arguments)}"
-        status, message = 128 + stopped.signal, f"stopped. To go on: {command_line}" if group.is_main else ""
+        status, message = 128 + stopped.signal, go_on(arguments, group) if group.is_main else ""
     group.ignore_launcher()
     if message:
         print(message, file=sys.stderr, flush=True)
     return status
+
+
+def go_on(arguments: list[str], group: Group) -> str:
+    """The line that says how to resume."""
+    launcher = "the same mlx.launch with " if group.world_size > 1 else ""
+    return f"stopped. To go on: {launcher}python run.py {shlex.join(arguments)}"
 
 
 def command(arguments: list[str], group: Group) -> None:

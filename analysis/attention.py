@@ -35,7 +35,7 @@ import numpy as np
 
 from analysis.intervals import bootstrap, mean
 from analysis.probing import Probe, analysis_parser, facts, open_checkpoint, prompt_batch, write_records
-from analysis.recording import record
+from analysis.recording import record, require_gpt2
 from coconut import Batch
 from dataset import Data, collate
 from text.tokens import TokenExample
@@ -225,6 +225,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the lines and the picture."""
     probe = open_checkpoint(options.checkpoint, options.tokenizer)
+    require_gpt2(probe.model, options.checkpoint)
     n_heads = probe.model.transformer.config.n_head
     if options.head is not None and not 0 <= options.head < n_heads:
         raise UserError(f"--head {options.head}: expected 0 to {n_heads - 1}, the heads of this model")

@@ -117,7 +117,9 @@ def control(options: argparse.Namespace) -> None:
         say(compare(*measured))
     settings = {name: getattr(options, name) for name in ("checkpoint", "control", "data", "mode", "seed", "means")}
     write_records(
-        options.out / "controls.jsonl", {"command": "controls", **settings, "items": count}, lines(measured, data)
+        options.out / "controls.jsonl",
+        {"command": "controls", **settings, "items": count},
+        lines(measured, data, options.mode),
     )
     points = {
         one.checkpoint: {name: interval(flags(answers)) for name, answers in one.found.items()} for one in measured
@@ -257,13 +259,18 @@ def compare(one: Measured, other: Measured) -> str:
     return f"\n{one.checkpoint} against {other.checkpoint}, each with its own thoughts: p {p:.3g}"
 
 
-def lines(measured: list[Measured], data: Data) -> Iterator[dict]:
+def lines(measured: list[Measured], data: Data, mode: str) -> Iterator[dict]:
     """A line of controls.jsonl for each model, condition, draw and item."""
     for one in measured:
         for name, draws in one.found.items():
             for number, answers in enumerate(draws, 1):
                 for line in records(data, {name: answers}, "condition"):
-                    yield {"checkpoint": one.checkpoint, **line, **({"draw": number} if len(draws) > 1 else {})}
+                    yield {
+                        "checkpoint": one.checkpoint,
+                        "mode": mode,
+                        **line,
+                        **({"draw": number} if len(draws) > 1 else {}),
+                    }
 
 
 if __name__ == "__main__":

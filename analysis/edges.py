@@ -36,7 +36,7 @@ import numpy as np
 from analysis.graphs import Graph, read_graphs
 from analysis.intervals import bootstrap, mean
 from analysis.probing import Probe, analysis_parser, facts, open_thinking, prompt_batch, write_records
-from analysis.recording import record
+from analysis.recording import record, require_gpt2
 from dataset import Data
 from text.tokens import TokenExample
 from utils import Progress, UserError, exit_status, markdown_table, say
@@ -197,7 +197,9 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the lines and the picture."""
     from analysis.pictures import save_figure
 
-    looked = measure(open_thinking(options), options.data, options.items)
+    probe = open_thinking(options)
+    require_gpt2(probe.model, options.checkpoint)
+    looked = measure(probe, options.data, options.items)
     say("\n".join(table(looked)))
     say(gathered(looked))
     told = {"command": "edges", "checkpoint": options.checkpoint, "data": options.data, "items": options.items}

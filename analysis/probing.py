@@ -13,9 +13,10 @@ import numpy as np
 from coconut import Batch, Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, collate
-from models.loading import find_source, load_gpt2
-from text.tokenizer import load_tokenizer
-from text.tokens import TokenExample
+from models.loading import find_tokenizer, load_model
+from models.source import find_source
+from text.reader import Example
+from text.tokens import TokenExample, encode_example
 from training import resume
 from training.checkpoint import read_metadata
 from utils import Progress, UserError, command_parser, write_json_lines
@@ -59,9 +60,9 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
     keys = {"load_model_path": str(folder), "tokenizer": tokenizer or _vocabulary(recorded["tokenizer"], folder)}
     config = Config(**{**recorded, **keys, "only_eval": True, "resume": metadata["epoch"] - 1, "debug": False})
     source = find_source(config, folder)
-    words = load_tokenizer(config.tokenizer, source.folder)
+    words = find_tokenizer(source, config)
     resume.check_tokenizer(folder, words)
-    return Probe(Coconut(load_gpt2(source, config, words)).eval(), Curriculum(config, words))
+    return Probe(Coconut(load_model(source, config, words)).eval(), Curriculum(config, words))
 
 
 def _vocabulary(recorded: str | None, folder: Path) -> str | None:
@@ -144,3 +145,17 @@ def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.
 def logits(probe: Probe, states: np.ndarray) -> np.ndarray:
     """The inner product of states [..., D] with every token's embedding, [..., vocabulary]: the tied output layer."""
     return np.array(probe.model.transformer.logits(mx.array(states)).astype(mx.float32))
+
+
+def tokenize_question(probe: Probe, question: str) -> TokenExample:
+    """A question without steps and answer, in the layout that the model was trained with."""
+    ids = encode_example(Example(question, [], ""), probe.curriculum.tokenizer, probe.curriculum.config.layout)[0]
+    return TokenExample(np.array(ids, dtype=np.int32), [], np.array([], dtype=np.int32))
+
+
+def likeliest(probe: Probe, row: np.ndarray, count: int) -> list[tuple[str, float]]:
+    """The `count` likeliest tokens of a decoded thought with their probabilities; row [vocabulary] has its logits."""
+    shares = np.exp(row - row.max())
+    shares /= shares.sum()
+    best = np.argsort(-row, kind="stable")[:count]
+    return [(probe.curriculum.tokenizer.spell(int(i)), float(shares[i])) for i in best]

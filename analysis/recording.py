@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from coconut import Batch, Coconut
 from models.cache import LayerCache
-from models.gpt2 import Attention, Block
+from models.gpt2 import GPT2, Attention, Block
+from utils import UserError
 
 
 class Recorded(NamedTuple):
@@ -33,6 +34,13 @@ class Watched:
         self.outputs.append(self._block(x, mask, cache, keys))
         self.weights.append(attention_weights(self._block.attn, self._block.ln_1(x), mask, cache))
         return self.outputs[-1]
+
+
+def require_gpt2(model: Coconut, what: str) -> None:
+    """Raise UserError where the base is a model of mlx-lm: its layers are not this project's, and differ by type."""
+    if not isinstance(model.transformer, GPT2):
+        kind = model.transformer.config.model_type
+        raise UserError(f"{what}: layers and attention are recorded for GPT-2 alone; this checkpoint's base is {kind}")
 
 
 def record(model: Coconut, batch: Batch) -> Recorded:

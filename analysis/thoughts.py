@@ -36,8 +36,8 @@ import mlx.core as mx
 import numpy as np
 
 from analysis.intervals import mean, share
-from analysis.probing import BATCH, Probe, analysis_parser, logits, open_thinking, prompt_batch, write_records
-from analysis.recording import record
+from analysis.probing import BATCH, Probe, analysis_parser, logits, open_thinking, prompt_batch, thoughts, write_records
+from analysis.recording import record, require_gpt2
 from dataset import Data
 from text.tokenizer import Tokenizer
 from text.tokens import TokenExample
@@ -116,9 +116,9 @@ def decode(probe: Probe, data: Data, count: int, all_layers: bool = False) -> li
     found = []
     for start in Progress(range(0, count, BATCH), desc="Thoughts", unit=" batches", leave=False):
         items = range(start, min(start + BATCH, count))
-        by_layer = layer_states(probe, [data.tokens[i] for i in items], probe.n_thoughts + 1)
-        chosen = list(enumerate(by_layer, 1))
-        for layer, states in chosen if all_layers else chosen[-1:]:
+        examples, n_states = [data.tokens[i] for i in items], probe.n_thoughts + 1
+        by_layer = layer_states(probe, examples, n_states) if all_layers else [thoughts(probe, examples, n_states)]
+        for layer, states in enumerate(by_layer, probe.model.transformer.config.n_layer - len(by_layer) + 1):
             for i, rows in zip(items, states, strict=True):
                 found += list(_decoded(probe, data, i, layer, rows))
     return found
@@ -314,6 +314,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Decode, print the tables, and write the lines and the picture."""
     probe = open_thinking(options)
+    if options.layers:
+        require_gpt2(probe.model, "--layers")
     data = probe.data(options.data)
     count = min(len(data), options.items or len(data))
     if options.item not in data.indices[:count]:

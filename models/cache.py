@@ -54,14 +54,19 @@ class LayerCache:
     def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
         """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to padding.
 
-        Always an array, also where return_array is False, because only an array can hold padding. Raises ValueError for
-        a sliding window, which GPT-2 does not use.
+        Always an array, also where return_array is False, because only an array can hold padding. window_size: the
+        most positions, its own included, that a column sees.
         """
-        if window_size is not None:
-            raise ValueError(f"window_size {window_size}: this cache has no sliding windows")
         end = self.n_columns + n_new
         queries, keys = mx.arange(self.n_columns, end), mx.arange(end)
-        return (queries[:, None] >= keys)[None, None] & self.columns.attention_mask[:, None, None, :end]
+        tokens = self.columns.attention_mask[:, :end]  # [B, end]
+        mask = (queries[:, None] >= keys)[None, None] & tokens[:, None, None]
+        if window_size is None:
+            return mask
+        # Positions, not columns: padding may lie between a prompt and its answer.
+        positions = mx.cumsum(tokens.astype(mx.int32), axis=1)  # [B, end]
+        near = positions[:, self.n_columns :, None] < positions[:, None] + window_size  # [B, n_new, end]
+        return mask & near[:, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append a pass's keys and values [B, H, T, Dh]; returns those of all columns [B, H, S + T, Dh]."""

@@ -7,6 +7,7 @@ D = n_embd, H = n_head, Dh = D / H.
 
 import dataclasses
 import difflib
+import json
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
+from mlx.utils import tree_flatten
 
 from models.cache import LayerCache, make_cache
 from models.ops import Dropout, attention, gelu_new, random_keys
@@ -248,9 +250,23 @@ class GPT2(nn.Module):
             x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
 
+    @property
+    def head(self) -> nn.Module:
+        """The module that holds the output layer's parameters."""
+        return self.wte
+
     def logits(self, hidden: mx.array) -> mx.array:
         """The product with the tied embedding: [..., D] -> [..., vocabulary]."""
         return self.wte.as_linear(hidden)
+
+    def saved_tensors(self) -> dict[str, dict[str, mx.array]]:
+        """{file name: its tensors}, under Hugging Face's names."""
+        tensors = dict(tree_flatten({"transformer": self.parameters()}))
+        return {"model.safetensors": tensors}
+
+    def saved_texts(self, end_of_text: int) -> dict[str, str]:
+        """{file name: its text}."""
+        return {"config.json": json.dumps(self.config.to_dict(end_of_text), indent=1)}
 
     def _initialize(self) -> None:
         """Normal weights of initializer_range; those that end a residual branch are smaller by sqrt(2 n_layer)."""

@@ -19,8 +19,13 @@ def compute_dtype(bf16: bool) -> mx.Dtype:
 def computing_in(model: nn.Module, dtype: mx.Dtype) -> Iterator[None]:
     """Let the model compute in a dtype; its own parameters come back at the end, and gradients reach them."""
     parameters = model.parameters()
-    model.update(tree_map(lambda array: array.astype(dtype), parameters))
+    model.update(tree_map(lambda array: array.astype(dtype) if _is_float(array) else array, parameters))
     try:
         yield
     finally:
         model.update(parameters)
+
+
+def _is_float(array: mx.array) -> bool:
+    """Quantized weights are whole numbers, and stay."""
+    return mx.issubdtype(array.dtype, mx.floating)

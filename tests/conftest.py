@@ -42,6 +42,12 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of all fixtures."""
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
 def golden_model(golden, tmp_path_factory) -> Path:
     """The golden tiny GPT-2 as a complete model folder.
 

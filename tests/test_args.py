@@ -10,7 +10,8 @@ from dataset import Curriculum
 from training.setup import trains_no_thought
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("graph_"))
+LLM = sorted([*(ROOT / "args").glob("gsm_llama*.yaml"), *(ROOT / "args").glob("gsm_smollm*.yaml")])
+PAPER = sorted(p for p in (ROOT / "args").glob("*.yaml") if not p.name.startswith("graph_") and p not in LLM)
 GRAPHS = sorted(p for p in (ROOT / "args").glob("graph_*.yaml") if not p.stem.endswith("_eval"))
 NAMES = (
     "gsm_icot prontoqa_icot prosqa_icot "
@@ -59,7 +60,8 @@ def test_none_is_warned_to_train_no_thought(path):
 @pytest.mark.parametrize(("changes", "is_warned"), [
     ([], False), (["max_latent_stage=0"], True), (["c_thought=0"], True), (["num_epochs=4"], False),
     (["num_epochs=3", "resume=0"], True), (["num_epochs=3", "resume=0", "uniform_prob=0.1"], False),
-    (["coconut=False", "cot=True"], False),
+    (["coconut=False", "cot=True"], False), (["num_epochs=1_000_000_000", "c_thought=0"], True),
+    (["num_epochs=1_000_000_000"], False),
 ])  # fmt: skip
 def test_a_run_that_trains_no_thought_is_found(changes, is_warned):
     config = load_config(str(ROOT / "args" / "gsm_coconut.yaml"), changes)
@@ -111,3 +113,21 @@ def test_a_graph_run_names_its_command_and_what_comes_first(path):
     assert config.load_model_path == f"{start.run_dir}/checkpoint_1"
     shared = ("layout", "tokenizer", "batch_size_training", "lr", "warmup_steps", "max_grad_norm", "reset_optimizer")
     assert all(getattr(config, key) == getattr(start, key) for key in shared)
+
+
+@pytest.mark.parametrize("path", LLM, ids=lambda path: path.stem)
+def test_a_run_of_another_model_says_what_it_needs(path):
+    """Its command, the runs before it, the memory it takes and that nobody has run it here."""
+    config, head = load_config(str(path)), path.read_text().split("\n\n")[0]
+    assert len(LLM) == 9
+    assert f"python run.py args/{path.name}" in head and "pip install -r requirements-llm.txt" in head
+    assert "# Memory: " in head and "Not run here" in head
+    assert config.name == path.stem.replace("_", "-") and config.model_id.split("/")[1].lower().startswith(
+        path.stem.split("_")[1][:5]
+    )
+    assert config.batch_size_training * config.gradient_accumulation_steps == 128
+    for file in re.findall(r"((?:preprocessing|args)/[\w.]+|requirements-\w+\.txt)", head):
+        assert (ROOT / file).is_file()
+    if config.load_model_path:
+        others = {str(load_config(str(p)).run_dir) for p in LLM if not load_config(str(p)).only_eval}
+        assert config.load_model_path in others

@@ -14,7 +14,7 @@ from analysis.attention import KINDS, PLACES, attention_map, masses
 from analysis.edges import GROUPS, edge_groups, edge_tokens
 from analysis.graphs import Graph
 from analysis.probing import Probe, facts
-from analysis.recording import record
+from analysis.recording import record, require_gpt2
 from coconut import Coconut
 from config import Config
 from dataset import Curriculum, collate
@@ -113,6 +113,13 @@ def test_queries_of_zero_attend_to_every_column_alike(model, curriculum):
     for weights in map(np.array, recorded.weights):
         for t in range(9):
             np.testing.assert_allclose(weights[0, :, first + t, first : first + t + 1], 1 / (t + 1), atol=1e-6)
+
+
+def test_a_base_of_another_kind_is_refused(model):
+    require_gpt2(model, "name")
+    other = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(model_type="llama")))
+    with pytest.raises(UserError, match=r"runs/x: layers and attention are recorded for GPT-2 alone.*base is llama"):
+        require_gpt2(other, "runs/x")
 
 
 # The set and the map of one item

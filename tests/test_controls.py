@@ -354,7 +354,7 @@ def test_the_command(saved, tmp_path, capsys, mode, last):
     for line in lines[1:]:
         key = (line["condition"], line.get("draw"))
         counts[key] = counts.get(key, 0) + 1
-    assert lines[0]["mode"] == mode and set(counts.values()) == {4}
+    assert {line["mode"] for line in lines} == {mode} and set(counts.values()) == {4}
     assert len({name for name, _ in counts}) == len(rows)
     assert (out / "controls.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -14,9 +14,10 @@ from config import Config
 from dataset import TrainingSequence, chunks, collate
 from models.cache import make_cache
 from models.gpt2 import GPT2, MLP, Attention, GPT2Config
-from models.loading import Source, load_gpt2, sinusoids
+from models.loading import load_gpt2, sinusoids
 from models.ops import Dropout, attention, dropout_mask, random_keys
 from models.precision import compute_dtype, computing_in
+from models.source import Source
 from parallel.streams import even_slices, n_streams, use_streams
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import Tokenizer

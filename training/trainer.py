@@ -144,6 +144,8 @@ class Trainer:
 
     def _log_step(self, result: StepResult) -> None:
         epoch, step, per_epoch = self.state.epoch, self.state.step, self.run.steps_per_epoch
+        if not math.isfinite(result.gradient_norm):  # on all ranks
+            self.group.agree(diverged(f"the gradient is {result.gradient_norm} in epoch {epoch + 1}, step {step}"))
         self.metrics.log({
             "train/epoch": epoch + 1, "train/step": epoch * per_epoch + step, "train/loss": result.loss,
             "train/lr": self._learning_rate(), "train/grad_norm": result.gradient_norm,
@@ -248,7 +250,8 @@ def train(run: Run) -> None:
 
 
 def evaluate_once(run: Run) -> None:
-    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl and predictions_N.jsonl.
+    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl, predictions_N.jsonl and
+    config.yaml.
 
     N is `resume`, as in the official code, or the number of epochs that the checkpoint was trained for.
     """
@@ -258,6 +261,8 @@ def evaluate_once(run: Run) -> None:
     metrics = MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
     with metrics, StopSignals() as stop:
         evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), stop)
+    if run.group.is_main:  # now it is about the newest record
+        write_text(run.directory / "config.yaml", config.to_yaml())
 
 
 def evaluate(
