@@ -18,7 +18,7 @@ from models.source import find_source
 from text.reader import Example
 from text.tokens import TokenExample, encode_example
 from training import resume
-from training.checkpoint import read_metadata
+from training.checkpoint import read_metadata, versions
 from utils import Progress, UserError, command_parser, write_json_lines
 
 BATCH = 100  # prompts at a time
@@ -93,9 +93,9 @@ def open_thinking(options: argparse.Namespace) -> Probe:
 
 
 def write_records(path: Path, settings: dict, records: Iterable[dict]) -> None:
-    """Write JSON Lines: what the command was told, then one line for each record."""
+    """Write JSON Lines: what the command was told and with which versions, then one line for each record."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_lines(path, [settings, *records])
+    write_json_lines(path, [{**settings, "versions": versions()}, *records])
 
 
 def require_thoughts(probe: Probe, path: str) -> None:

@@ -165,6 +165,7 @@ def test_the_command(folder, tmp_path, capsys):
         and printed.count("| all ") == 2
     )
     lines = [json.loads(line) for line in (out / "thoughts.jsonl").read_text().splitlines()]
+    assert {"python", "mlx", "numpy"} <= set(lines[0]["versions"])
     assert lines[0]["top"] == 3 and lines[0]["items"] == 3 and len(lines) == 1 + 3 * 3 * 2
     assert all(len(line["top"]) == 10 and {"hits", "own", "norm", "entropy"} <= set(line) for line in lines[1:])
     assert (out / "thoughts.png").read_bytes()[:4] == b"\x89PNG"

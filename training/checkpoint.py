@@ -47,6 +47,11 @@ class TrainState:
     accuracies: dict[str, float] = field(default_factory=dict)  # of every validated epoch, by epochs done
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose version can change a result."""
+    return {"python": platform.python_version()} | {name: packages.version(name) for name in RECORDED_PACKAGES}
+
+
 def describe_run(curriculum: Curriculum, epochs_done: int, stage: int, world_size: int = 1) -> dict:
     """The metadata that every saved folder records."""
     tokenizer, config = curriculum.tokenizer, curriculum.config
@@ -63,8 +68,7 @@ def describe_run(curriculum: Curriculum, epochs_done: int, stage: int, world_siz
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
         },
-        "versions": {"python": platform.python_version()}
-        | {name: packages.version(name) for name in RECORDED_PACKAGES},
+        "versions": versions(),
         "config": config.to_dict(),
         "processes": world_size,
     }
