@@ -101,12 +101,13 @@ def attention_map(probe: Probe, example: TokenExample, n_thoughts: int, head: in
     curriculum = probe.curriculum
     eos_id, limit = curriculum.tokenizer.eos_id, curriculum.config.answer_limit
     answer = probe.model.generate(prompt_batch(probe, [example], n_thoughts), limit, eos_id)[0]
+    columns = _columns(probe, example, n_thoughts)
+    end = columns[-1][1][-1] + 1  # of the prompt
+    answer = answer[: probe.model.transformer.config.n_positions - end]  # its last token may have no position
     batch = continued(probe, [example], n_thoughts, np.array(answer, np.int32))
     own = slice(int(batch.left_padding[0]), int(batch.last_column[0]) + 1)
     weights = mx.stack([w[0, :, own, own] for w in record(probe.model, batch).weights])  # [L, H, length, length]
     chosen = np.array(weights[:, head] if isinstance(head, int) else getattr(weights, head)(axis=1))
-    columns = _columns(probe, example, n_thoughts)
-    end = columns[-1][1][-1] + 1  # of the prompt
     first = len(example.question) + curriculum.special_tokens
     places = range(first, chosen.shape[1])  # thoughts, end marker, answer
     behind = [name for name, tokens in columns if tokens[0] >= first]

@@ -130,7 +130,8 @@ def _decoded(probe: Probe, data: Data, item: int, layer: int, states: np.ndarray
     results = [result_tokens(step, tokenizer) for step in data.examples[item].steps]
     norms = np.linalg.norm(states, axis=1)
     for k, (shares, state) in enumerate(zip(softmax(logits(probe, states)), states, strict=True)):
-        ids = np.argsort(-shares, kind="stable")[:KEPT]
+        ids = np.argpartition(-shares, KEPT)[:KEPT]
+        ids = ids[np.argsort(-shares[ids])]
         entropy = -float((shares * np.log(np.maximum(shares, 1e-45))).sum())
         cosine = float(state @ states[k - 1] / (norms[k] * norms[k - 1])) if k else None
         step = k // probe.curriculum.thoughts_per_step

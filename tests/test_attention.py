@@ -190,6 +190,13 @@ def test_a_map_has_a_row_for_each_place_behind_the_question(model, curriculum, l
     assert np.abs(heads[0] - heads[1]).max() > 0.01
 
 
+def test_an_answer_longer_than_the_model_is_shown_as_far_as_it_has_positions(model, curriculum, monkeypatch):
+    own = curriculum()
+    monkeypatch.setattr(model, "generate", lambda batch, limit, eos_id: [[ord("x")] * 100])
+    shown = attention_map(Probe(model, own), asked(own, "ab;?b:a"), 2)
+    assert len(shown.rows) == 64 - len("ab;?b:a") - 1 and shown.weights.shape[1] == len(shown.rows)
+
+
 # Edges
 
 # a -> b, a -> c, b -> d (the target), c -> e; apart from them f -> g
