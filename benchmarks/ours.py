@@ -26,7 +26,8 @@ def new_model(options: argparse.Namespace) -> Coconut:
 
 
 def start_streams(n: int) -> None:
-    """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n."""
+    """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n; on a GPU in float32."""
+    settings.exact_products()
     if use_streams(str(n)) > 1:
         settings.lift_graph_width()
 

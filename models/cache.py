@@ -52,7 +52,10 @@ class LayerCache:
         return self.n_columns - self.columns.padding
 
     def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
-        """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to padding.
+        """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to other padding.
+
+        Among several new columns each sees itself, padding too: a softmax over nothing can be NaN on a GPU, and NaN in
+        a padding column spoils every column of the next layer, because 0 * NaN is NaN.
 
         Always an array, also where return_array is False, because only an array can hold padding. Raises ValueError for
         a sliding window, which GPT-2 does not use.
@@ -61,7 +64,8 @@ class LayerCache:
             raise ValueError(f"window_size {window_size}: this cache has no sliding windows")
         end = self.n_columns + n_new
         queries, keys = mx.arange(self.n_columns, end), mx.arange(end)
-        return (queries[:, None] >= keys)[None, None] & self.columns.attention_mask[:, None, None, :end]
+        mask = (queries[:, None] >= keys)[None, None] & self.columns.attention_mask[:, None, None, :end]
+        return mask if n_new == 1 else mask | (queries[:, None] == keys)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append a pass's keys and values [B, H, T, Dh]; returns those of all columns [B, H, S + T, Dh]."""

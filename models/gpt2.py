@@ -154,7 +154,11 @@ class Conv1D(nn.Module):
         self.bias = mx.zeros((n_out,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.addmm(self.bias, x, self.weight)
+        """x [..., in] -> [..., out] in the weight's type. The bias is float32, and its gradient a float32 sum."""
+        dtype = self.weight.dtype
+        if dtype == self.bias.dtype:
+            return mx.addmm(self.bias, x, self.weight)
+        return (x.astype(dtype) @ self.weight + self.bias).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -247,6 +251,15 @@ class GPT2(nn.Module):
             run = partial(_run_and_recompute, block) if recompute else block
             x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
+
+    @staticmethod
+    def keeps_float32(name: str) -> bool:
+        """Whether a parameter stays float32 where products are computed in bfloat16: all but the blocks' matrices.
+
+        MLX adds bfloat16 numbers in bfloat16 on a GPU, and such a sum stops growing at 256 times its terms. The
+        gradients of biases, layer norms and embeddings are sums over all tokens.
+        """
+        return not name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The product with the tied embedding: [..., D] -> [..., vocabulary]."""

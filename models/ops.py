@@ -57,8 +57,30 @@ def _row_sums(x: mx.array) -> mx.array:
 
 
 def gelu_new(x: mx.array) -> mx.array:
-    """GPT-2's tanh approximation of GELU, element by element."""
-    return nn.gelu_approx(x) if on_gpu() else _gelu_and_gate(x)[0]
+    """GPT-2's tanh approximation of GELU, element by element, computed in float32."""
+    return _gelu(x) if on_gpu() else _gelu_and_gate(x)[0]
+
+
+@mx.custom_function
+def _gelu(x: mx.array) -> mx.array:
+    # For GPUs: the backward pass computes the gate again, so x is the only array that is kept.
+    wide = x.astype(mx.float32)
+    return (wide * _gelu_gate(wide)).astype(x.dtype)
+
+
+@_gelu.vjp
+def _wide_gelu_vjp(x, cotangent, out):
+    wide = x.astype(mx.float32)
+    return (cotangent.astype(mx.float32) * _gelu_slope(wide, _gelu_gate(wide))).astype(x.dtype)
+
+
+def _gelu_gate(x: mx.array) -> mx.array:
+    return mx.sigmoid(x * (GELU_SLOPE * (1 + 0.044715 * (x * x))))
+
+
+def _gelu_slope(x: mx.array, gate: mx.array) -> mx.array:
+    slope = GELU_SLOPE * (1 + (3 * 0.044715) * (x * x))
+    return gate * (1 + x * (1 - gate) * slope)
 
 
 @mx.custom_function
@@ -71,9 +93,7 @@ def _gelu_and_gate(x: mx.array):
 
 @_gelu_and_gate.vjp
 def _gelu_vjp(x, cotangents, outputs):
-    gate = outputs[1]
-    slope = GELU_SLOPE * (1 + (3 * 0.044715) * (x * x))
-    return cotangents[0] * (gate * (1 + x * (1 - gate) * slope))
+    return cotangents[0] * _gelu_slope(x, outputs[1])
 
 
 def random_keys(n: int) -> list[mx.array]:
@@ -106,7 +126,14 @@ class Dropout(nn.Module):
         return self._rate if self.training else 0.0
 
     def __call__(self, x: mx.array, key: mx.array | None) -> mx.array:
-        return x * dropout_mask(key, x.shape, self.rate) * (1 / (1 - self.rate)) if self.rate else x
+        if not self.rate:
+            return x
+        return _drop(x, dropout_mask(key, x.shape, self.rate)) * (1 / (1 - self.rate))
+
+
+def _drop(x: mx.array, keep: mx.array) -> mx.array:
+    """x where `keep` [bool, of its shape] is True, else 0. A product with a bool makes a float32 copy of it first."""
+    return mx.where(keep, x, 0) if on_gpu() else x * keep
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dropout, key: mx.array | None):
@@ -117,6 +144,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
     scale, rate = q.shape[-1] ** -0.5, dropout.rate
     if not rate and (q.shape[2] == 1 or on_gpu()):  # MLX's fused attention has no dropout and is slow on CPU
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if on_gpu():
+        keep = dropout_mask(key, (*q.shape[:3], k.shape[2]), rate)
+        return _attend(q * scale, k, v, mask, keep)[0] * (1 / (1 - rate))
     q, v = q * scale, v * (1 / (1 - rate))
     n_queries, n_cached = q.shape[2], k.shape[2] - q.shape[2]
     starts = range(0, n_queries, QUERY_BLOCK)
@@ -137,11 +167,17 @@ def _attend(q, k, v, mask, keep):
 
     The softmax is float32 for any input. A gradient of its own halves its time on CPU.
     """
+    weights = _masked_softmax((q @ k.swapaxes(-1, -2)).astype(mx.float32), mask)  # [B, H, T, S]
+    return _drop(weights, keep).astype(v.dtype) @ v, weights
+
+
+def _masked_softmax(scores: mx.array, mask: mx.array) -> mx.array:
     lowest = mx.finfo(mx.float32).min  # not -inf: a row that may attend to nothing gives no NaN
-    scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32) + mx.where(mask, 0, lowest)  # [B, H, T, S]
+    if on_gpu():
+        return mx.softmax(mx.where(mask, scores, lowest), axis=-1, precise=True)
+    scores = scores + mx.where(mask, 0, lowest)
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = weights / weights.sum(axis=-1, keepdims=True)
-    return (weights * keep).astype(v.dtype) @ v, weights
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @_attend.vjp
@@ -149,8 +185,8 @@ def _attend_vjp(primals, cotangents, outputs):
     q, k, v, mask, keep = primals
     out, weights = outputs
     gradient = cotangents[0]  # [B, H, T, Dh]
-    dropped = weights * keep
-    mean = (gradient * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
+    dropped = _drop(weights, keep)
+    mean = (gradient.astype(mx.float32) * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
     to_scores = (dropped * (gradient @ v.swapaxes(-1, -2)) - weights * mean).astype(q.dtype)  # [B, H, T, S]
     to_k, to_v = to_scores.swapaxes(-1, -2) @ q, dropped.astype(q.dtype).swapaxes(-1, -2) @ gradient  # [B, H, S, Dh]
     return to_scores @ k, to_k, to_v, mx.zeros_like(mask), mx.zeros_like(keep)

@@ -15,6 +15,7 @@ from config import FIELDS, Config
 from dataset import Curriculum, Data, count_batches, warn_of_shared_questions
 from methods import METHOD_KEYS
 from models.loading import Source, find_source, load_gpt2
+from models.precision import name_precision
 from parallel.distributed import ALONE, Group, parameter_digest
 from parallel.streams import n_streams, on_gpu
 from text.tokenizer import load_tokenizer
@@ -61,7 +62,8 @@ class Run:
     def metadata(self, epochs_done: int, stage: int) -> dict:
         """What a checkpoint written now says about itself."""
         facts = describe_run(self.curriculum, epochs_done, stage, self.group.world_size)
-        return facts | {"contents": self.contents, "streams": n_streams()}
+        precision = name_precision(self.config.bf16)
+        return facts | {"contents": self.contents, "streams": n_streams(), "precision": precision}
 
 
 def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
@@ -189,7 +191,7 @@ def print_summary(run: Run, blas: str) -> None:
     """The run's first lines: what it is, on what device, with what data, and where it writes."""
     config, shape = run.config, run.model.transformer.config
     n = n_streams()
-    device = "GPU" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
+    device = f"GPU ({name_precision(config.bf16)})" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
     length = "evaluation only" if config.only_eval else f"{config.num_epochs} epochs"
     n_parameters = sum(array.size for _, array in tree_flatten(run.model.parameters()))
     sizes = f"{len(run.valid):,} items of {config.val_path}"
