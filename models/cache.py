@@ -8,7 +8,7 @@ The cache is functional: arrays are replaced and never written to, so gradients 
 
 import mlx.core as mx
 
-State = tuple[mx.array, mx.array] | None  # keys and values, each [B, H, S, Dh]; None before the first pass
+State = tuple[mx.array, ...] | None  # keys and values, each [B, H, S, Dh]; None before the first pass
 
 
 class Columns:
@@ -81,7 +81,24 @@ class LayerCache:
             self.state = self.state[0][rows], self.state[1][rows]
 
 
-def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
+class PiecewiseCache(LayerCache):
+    """For training on a GPU: the columns of the first pass are apart from later ones and never copied.
+
+    The state is a tuple of one or two pieces [2, B, H, S, Dh], keys and values of the first pass and of the later ones.
+    """
+
+    @property
+    def n_columns(self) -> int:
+        return sum(piece.shape[-2] for piece in self.state or ())
+
+    def extend(self, piece: mx.array) -> tuple[mx.array, ...]:
+        """Append a pass's keys and values [2, B, H, T, Dh]; returns the pieces."""
+        first, later = (self.state or ())[:1], (self.state or ())[1:]
+        self.state = (*first, mx.concatenate([*later, piece], axis=3) if later else piece)
+        return self.state
+
+
+def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array, kind=LayerCache) -> list[LayerCache]:
     """An empty cache for each layer, before the first column; attention_mask [B, S] bool, left_padding [B] int."""
     columns = Columns(attention_mask, left_padding)
-    return [LayerCache(columns) for _ in range(n_layers)]
+    return [kind(columns) for _ in range(n_layers)]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,22 +15,28 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 
 from coconut import Coconut
-from dataset import TrainingSequence, collate
+from config import Config
+from dataset import TrainingSequence, alike_micro_batches, collate, micro_batch
 from models import ops
 from models.cache import make_cache
 from models.gpt2 import GPT2, GPT2Config
 from models.precision import computing_in
 from parallel import streams
+from parallel.distributed import ALONE
 from parallel.streams import on_gpu, use_device
+from training.step import TrainStep, compiled, new_optimizer
 from utils import UserError
 
 
 @pytest.fixture
 def gpu_code(monkeypatch):
-    """Every module believes that there is a GPU."""
+    """Every module believes that there is a GPU; nothing is compiled, which on a CPU takes a C++ compiler and time."""
     for module in list(sys.modules.values()):
         if getattr(module, "on_gpu", None) is on_gpu:
             monkeypatch.setattr(module, "on_gpu", lambda: True)
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture
@@ -223,18 +231,120 @@ def test_a_gpus_step_equals_the_cpus(rows, monkeypatch):
         assert mx.allclose(other_gradient[name], expected, atol=1e-5, rtol=1e-4).item(), name
 
 
-def test_a_gpus_attention_equals_the_cpus(monkeypatch):
-    """With dropout. A CPU draws a mask for each block of queries, here one, from a key of its own."""
+@pytest.mark.parametrize("n_first", [20, 12])
+def test_a_gpus_attention_equals_the_cpus(n_first, gpu_code):
+    """With dropout, over one piece and two. A CPU draws a mask for each block of queries, from a key of its own."""
     mx.random.seed(1)
-    q, k, v = mx.random.normal((3, 2, 2, 20, 8))
-    mask, key = mx.tril(mx.ones((1, 1, 20, 20))).astype(mx.bool_), mx.random.key(2)
-    found = []
-    for answer, own_key in ((False, key), (True, mx.random.split(key, 1)[0])):
-        monkeypatch.setattr(ops, "on_gpu", lambda answer=answer: answer)
+    kv, q = mx.random.normal((2, 2, 2, 20, 8)), mx.random.normal((2, 2, 20, 8))
+    mask, key, dropout = mx.tril(mx.ones((1, 1, 20, 20))).astype(mx.bool_), mx.random.key(2), ops.Dropout(0.3)
 
-        def total(q, k, v, own_key=own_key):
-            return (ops.attention(q, k, v, mask, ops.Dropout(0.3), own_key) * mx.arange(8)).sum()
+    def in_pieces(q, kv):
+        pieces = [piece for piece in mx.split(kv, [n_first], axis=3) if piece.size]
+        out, (first, *later) = ops.attention_in_pieces(q, tuple(pieces), mask, dropout, mx.random.split(key, 1)[0])
+        assert first.shape == pieces[0].shape and len(later) == len(pieces) - 1
+        return (out * mx.arange(8)).sum() + 3 * first.sum()
 
-        found.append(mx.value_and_grad(total, argnums=(0, 1, 2))(q, k, v))
-    for expected, other in zip(*(tree_flatten(result) for result in found), strict=True):
-        assert mx.allclose(other[1], expected[1], atol=1e-4, rtol=1e-5).item()
+    def whole(q, kv):
+        return (ops.attention(q, *kv, mask, dropout, key) * mx.arange(8)).sum() + 3 * kv[:, :, :, :n_first].sum()
+
+    found, expected = (mx.value_and_grad(function, argnums=(0, 1))(q, kv) for function in (in_pieces, whole))
+    for (_, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.allclose(one, other, atol=1e-4, rtol=1e-5).item()
+
+
+def train(
+    rows: list[list[TrainingSequence]], steps: int, grad_checkpoint: bool = False
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses and weights of some steps on these micro-batches; a new optimizer before the last one."""
+    mx.random.seed(0)
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    model = Coconut(small_gpt2(**rates))
+    model.transformer.grad_checkpoint = grad_checkpoint
+    config = Config(save_path="", name="", val_path="", gradient_accumulation_steps=len(rows), max_grad_norm=1.0)
+    optimizer = new_optimizer(model, config)
+    take_step, losses = TrainStep(model, optimizer, config), []
+    for number in range(steps):
+        if number == steps - 1:
+            take_step.optimizer = new_optimizer(model, config)
+        cut = alike_micro_batches if streams.on_gpu() else lambda rows, *rest: [micro_batch(r, *rest) for r in rows]
+        losses.append(take_step(cut(rows, ALONE, 0), 0, number, 1e-2).loss)
+    return losses, {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_steps_with_sorted_rows_equal_the_cpus(grad_checkpoint, rows, request):
+    """Micro-batches of unlike sizes, two shapes, a clipped gradient, a learning rate and an optimizer that change."""
+    micro_batches = [rows[:3], rows[3:] + rows[:1] * 2, rows[1:2]]
+    losses, weights = train(micro_batches, 4)
+    request.getfixturevalue("gpu_code")
+    other_losses, other_weights = train(micro_batches, 4, grad_checkpoint)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    for name, expected in weights.items():
+        counted = slice(None)
+        if name.endswith("c_attn.bias"):  # a softmax does not change with the keys' biases: their gradients are noise
+            counted = np.r_[:16, 32:48]
+        np.testing.assert_allclose(other_weights[name][counted], expected[counted], atol=2e-4, err_msg=name)
+
+
+def test_alike_rows_are_together_and_keep_their_weights(gpu_code):
+    """The sum of weights of every label is that of its own micro-batch; long rows come last."""
+    rng = np.random.default_rng(0)
+    lengths = [[9, 40, 12], [33, 70], [8]]
+    step = [
+        [TrainingSequence(rng.integers(0, 50, n).astype(np.int32), n - 4, 2, n - n // 4) for n in part]
+        for part in lengths
+    ]
+    chunks = [chunk for [chunk] in alike_micro_batches(step, ALONE, pad_id=0)]
+    assert [sorted(c.batch.attention_mask.sum(axis=1).tolist()) for c in chunks] == [[8, 9], [12, 33], [40, 70]]
+    found = {}
+    for chunk in chunks:
+        assert chunk.loss_weight == pytest.approx(chunk.batch.label_mask.sum(), rel=1e-6)
+        for position, weight in zip(chunk.batch.label_positions, chunk.batch.label_mask, strict=True):
+            row = int(position) // chunk.batch.input_ids.shape[1]
+            n = int(chunk.batch.attention_mask[row].sum())
+            found[n] = found.get(n, 0.0) + float(weight)
+    for part in lengths:
+        total = sum(n // 4 for n in part)
+        assert [found[n] for n in part] == pytest.approx([n // 4 / total for n in part], rel=1e-6)
+
+
+def test_a_rank_with_too_few_rows_takes_as_many_micro_batches(rows, gpu_code):
+    """What it lacks counts nothing."""
+    step = [rows[:1], rows[1:2], rows[2:3]]
+    for rank in (0, 1):
+        chunks = [
+            chunk
+            for [chunk] in alike_micro_batches(
+                step, SimpleNamespace(shard=lambda items, rank=rank: items[rank::2]), pad_id=0
+            )
+        ]
+        assert len(chunks) == 3
+        assert sum(c.loss_weight for c in chunks) == pytest.approx(3.0 if rank == 0 else 0.0)
+
+
+def test_shapes_repeat_on_a_gpu(rows, gpu_code):
+    batch = collate(rows, pad_id=0)
+    assert batch.input_ids.shape[1] % 32 == batch.first_latent % 32 == len(batch.labels) % 512 == 0
+
+
+def test_dropout_of_one_column_draws_all_masks_at_once(gpu_code):
+    """At the rates asked for, other masks in every layer, and other ones at the next call of a compiled function."""
+    model = small_gpt2(n_embd=64, embd_pdrop=0.0, attn_pdrop=0.25, resid_pdrop=0.5)
+    keys = model._masks_at_once(ops.random_keys(2), (40, 1, 1, 30))
+    assert [mask.shape for mask in keys] == [(40, 2, 1, 30), (40, 1, 64), (40, 1, 64)] * 2
+    for mask, rate in zip(keys, [0.25, 0.5, 0.5] * 2, strict=True):
+        assert 1 - mask.mean().item() == pytest.approx(rate, abs=0.04)
+    assert not any(mx.array_equal(keys[i], keys[j]).item() for i, j in [(0, 3), (1, 2), (1, 4)])
+
+
+@pytest.mark.skipif(not (on_gpu() or shutil.which("g++")), reason="MLX compiles with g++ on a CPU")
+def test_a_compiled_step_drops_something_else_each_time(rows, gpu_code):
+    """And what the same function drops when it is not compiled."""
+    mx.enable_compile()
+    model, batch = Coconut(small_gpt2()).train(), collate(rows, pad_id=0).to_mlx()
+    function = nn.value_and_grad(model, lambda batch, weight: model(batch) * weight)
+    losses = []
+    for one in (compiled(model, function), function):
+        mx.random.seed(5)
+        losses.append([one(batch, 1.0)[0].item() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 3
