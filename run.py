@@ -28,6 +28,7 @@ from config import Config, load_config, usage
 from parallel.distributed import ALONE, FailedElsewhere, Group, join
 from parallel.streams import use_device, use_streams
 from training import dry_run, trainer
+from training.memory import limit_memory
 from training.setup import prepare
 from utils import RunError, Stopped, UserError, say
 
@@ -94,7 +95,9 @@ def set_up_device(config: Config) -> None:
     """Choose device, precision and streams: several share a batch on a CPU, but not with grad_checkpoint."""
     if not config.tf32:
         settings.exact_products()
+    settings.long_graphs()
     use_device(os.environ.get("COCONUT_DEVICE"))
+    limit_memory()
     n = use_streams("1" if config.grad_checkpoint else os.environ.get("COCONUT_STREAMS"))
     if n > 1:
         settings.lift_graph_width()

@@ -14,6 +14,7 @@ import mlx.core as mx
 from coconut import Coconut
 from models.gpt2 import GPT2, GPT2Config
 from parallel.streams import use_streams
+from training.memory import limit_memory
 
 
 def new_model(options: argparse.Namespace) -> Coconut:
@@ -28,6 +29,8 @@ def new_model(options: argparse.Namespace) -> Coconut:
 def start_streams(n: int) -> None:
     """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n; on a GPU in float32."""
     settings.exact_products()
+    settings.long_graphs()
+    limit_memory()
     if use_streams(str(n)) > 1:
         settings.lift_graph_width()
 

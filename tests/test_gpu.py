@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from models.precision import computing_in
 from parallel import streams
 from parallel.distributed import ALONE
 from parallel.streams import on_gpu, use_device
+from startup import settings
+from training import memory
 from training.step import TrainStep, compiled, new_optimizer
 from utils import UserError
 
@@ -34,6 +37,7 @@ def gpu_code(monkeypatch):
     for module in list(sys.modules.values()):
         if getattr(module, "on_gpu", None) is on_gpu:
             monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80_000_000_000})
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -348,3 +352,81 @@ def test_a_compiled_step_drops_something_else_each_time(rows, gpu_code):
         mx.random.seed(5)
         losses.append([one(batch, 1.0)[0].item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 3
+
+
+# Memory
+
+
+@pytest.fixture
+def small_gpu(gpu_code, monkeypatch):
+    """A GPU of 20 MB; returns the limits that were set."""
+    limits = {}
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 20_000_000})
+    monkeypatch.setattr(mx, "set_cache_limit", lambda size: limits.update(cache=size))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: limits.update(wired=size))
+    return limits
+
+
+def test_freed_buffers_take_at_most_a_quarter_of_a_gpu(small_gpu, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    memory.limit_memory()
+    assert small_gpu == {"cache": 5_000_000}
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12_000, "memory_size": 16_000})
+    memory.limit_memory()
+    assert small_gpu == {"cache": 3_000, "wired": 12_000}
+
+
+def test_no_limit_on_a_cpu(small_gpu, monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    memory.limit_memory()
+    assert small_gpu == {}
+
+
+def test_a_start_says_which_batch_fits(small_gpu, shared_tiny, call_main, tmp_path):
+    """Before the first step: Metal ends the process where memory ends. The tiny model takes about 0.6 MB an item."""
+    keys = {"save_path": tmp_path, "num_epochs": 1, "gradient_accumulation_steps": 2}
+    outcome = call_main(shared_tiny.config(batch_size_training=256, **keys))
+    assert outcome.status == 0, outcome.err
+    assert "memory: about " in outcome.out and "of 20 MB" in outcome.out
+    [warning] = [line for line in outcome.err.splitlines() if "may not fit" in line]
+    found = re.search(r"batch_size_training: (\d+) with gradient_accumulation_steps: (\d+) does", warning)
+    n, steps = map(int, found.groups())
+    assert n * steps == 256 * 2 and 1 <= n < 256
+    outcome = call_main(shared_tiny.config(batch_size_training=n, name="smaller", **keys))
+    assert outcome.status == 0 and "may not fit" not in outcome.err
+
+
+def test_a_gpu_that_is_too_small_for_one_item(small_gpu, shared_tiny, call_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 1000})
+    outcome = call_main(shared_tiny.config(save_path=tmp_path, num_epochs=1))
+    assert "not even one item does; try grad_checkpoint: True" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("keys", "items", "columns", "labels", "counted"),  # GPT-2 124M; GB, the least of three steps
+    [
+        ({}, 4, 416, 512, 4.0),
+        ({}, 32, 416, 2048, 15.7),
+        ({}, 32, 736, 2048, 31.7),
+        ({}, 128, 128, 4096, 16.2),
+        ({"bf16": True}, 32, 416, 2048, 15.3),
+        ({"bf16": True}, 128, 128, 4096, 11.7),
+        ({"grad_checkpoint": True}, 32, 416, 2048, 8.8),
+        ({"grad_checkpoint": True}, 64, 416, 3584, 14.7),
+    ],
+)
+def test_the_estimate_is_near_what_was_counted(keys, items, columns, labels, counted):
+    config = Config(save_path="", name="", val_path="", **keys)
+    found = memory.step_bytes(GPT2Config(vocab_size=50_260), config, items, columns, labels)
+    assert found / 1e9 == pytest.approx(counted, rel=0.25)
+
+
+def test_cuda_graphs_do_not_depend_on_shapes(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"MLX_MAX_OPS_PER_BUFFER": "7"})
+    monkeypatch.setattr(sys, "platform", "darwin")
+    settings.long_graphs()
+    assert os.environ == {"MLX_MAX_OPS_PER_BUFFER": "7"}
+    monkeypatch.setattr(sys, "platform", "linux")
+    settings.long_graphs()
+    assert os.environ == {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}

@@ -14,6 +14,7 @@ from coconut import Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, count_batches, warn_of_shared_questions
 from methods import METHOD_KEYS
+from models.gpt2 import GPT2Config
 from models.loading import Source, find_source, load_gpt2
 from models.precision import name_precision
 from parallel.distributed import ALONE, Group, parameter_digest
@@ -21,6 +22,7 @@ from parallel.streams import n_streams, on_gpu
 from text.tokenizer import load_tokenizer
 from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
+from training.memory import check_memory
 from utils import UserError, say, warn, write_text
 
 # What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
@@ -203,6 +205,8 @@ def print_summary(run: Run, blas: str) -> None:
     say(f"files: {run.directory}")
     if disk := resume.check_disk(config, 4 * n_parameters, run.first_epoch):
         say(disk)
+    if run.train and on_gpu() and isinstance(shape, GPT2Config):
+        check_memory(shape, config, run.train.tokens, run.curriculum)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
