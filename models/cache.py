@@ -81,6 +81,40 @@ class LayerCache:
             self.state = self.state[0][rows], self.state[1][rows]
 
 
+class BufferedCache(LayerCache):
+    """For evaluation on a GPU: columns are written into buffers with room for more, and not copied for each token.
+
+    The state is (keys, values), each [B, H, n_columns and some more, Dh].
+    """
+
+    ROOM = 64  # columns that a buffer is larger than needed when it is made
+
+    def __init__(self, columns: Columns, state: State = None):
+        super().__init__(columns, state)
+        self._n_columns = 0
+
+    @property
+    def n_columns(self) -> int:
+        return self._n_columns
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        start, end = self._n_columns, self._n_columns + keys.shape[2]
+        if self.state is None or end > self.state[0].shape[2]:
+            self.state = tuple(
+                self._with_room(part, old) for part, old in zip((keys, values), self.state or (None,) * 2, strict=True)
+            )
+        for buffer, part in zip(self.state, (keys, values), strict=True):
+            buffer[:, :, start:end] = part
+        self._n_columns = end
+        return self.state[0][:, :, :end], self.state[1][:, :, :end]
+
+    def _with_room(self, part: mx.array, old: mx.array | None) -> mx.array:
+        """A buffer for the columns in `old` and those of `part`, which are not written yet."""
+        B, H, T, Dh = part.shape
+        room = mx.zeros((B, H, T + self.ROOM, Dh), dtype=part.dtype)
+        return room if old is None else mx.concatenate([old[:, :, : self._n_columns], room], axis=2)
+
+
 class PiecewiseCache(LayerCache):
     """For training on a GPU: the columns of the first pass are apart from later ones and never copied.
 

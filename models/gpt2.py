@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from models.cache import LayerCache, PiecewiseCache, make_cache
+from models.cache import BufferedCache, LayerCache, PiecewiseCache, make_cache
 from models.ops import (
     Dropout,
     attention,
@@ -253,8 +253,8 @@ class GPT2(nn.Module):
 
     def make_cache(self, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
         """An empty cache for each block; attention_mask [B, S] bool of all columns to come, left_padding [B] int."""
-        kind = PiecewiseCache if self.training and on_gpu() else LayerCache
-        return make_cache(len(self.h), attention_mask, left_padding, kind)
+        on_this = (PiecewiseCache if self.training else BufferedCache) if on_gpu() else LayerCache
+        return make_cache(len(self.h), attention_mask, left_padding, on_this)
 
     def __call__(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
         """Run one pass behind the columns of the cache, which grows by T.

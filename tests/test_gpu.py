@@ -19,7 +19,7 @@ from coconut import Coconut
 from config import Config
 from dataset import TrainingSequence, alike_micro_batches, collate, micro_batch
 from models import ops
-from models.cache import make_cache
+from models.cache import BufferedCache, make_cache
 from models.gpt2 import GPT2, GPT2Config
 from models.precision import computing_in
 from parallel import streams
@@ -430,3 +430,20 @@ def test_cuda_graphs_do_not_depend_on_shapes(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     settings.long_graphs()
     assert os.environ == {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}
+
+
+# Decoding
+
+
+def test_decoding_from_buffers_equals_decoding_from_copies(rows, request, monkeypatch):
+    """Past the room of a buffer, with rows that end early and are dropped."""
+    model = Coconut(small_gpt2(n_positions=120)).eval()
+    prompts = collate([row._replace(ids=row.ids[: row.n_unlabeled]) for row in rows], pad_id=0, multiple=8).to_mlx()
+    endless = model.generate(prompts, 90, eos_id=-1)
+    eos_id = next(token for token in endless[0] if any(token not in ids for ids in endless))
+    expected = model.generate(prompts, 90, eos_id)
+    assert len({len(ids) for ids in expected}) > 1 and max(map(len, expected)) == 90
+    request.getfixturevalue("gpu_code")
+    monkeypatch.setattr(BufferedCache, "ROOM", 10)
+    assert model.generate(prompts, 90, eos_id) == expected
+    assert model.think(prompts)[1][0].state[0].shape[2] > prompts.input_ids.shape[1]
