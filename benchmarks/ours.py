@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from coconut import Coconut
 from models.gpt2 import GPT2, GPT2Config
-from parallel.streams import use_streams
+from parallel.streams import on_gpu, use_streams
 from training.memory import limit_memory
 
 
@@ -26,9 +26,10 @@ def new_model(options: argparse.Namespace) -> Coconut:
     return Coconut(GPT2(shape))
 
 
-def start_streams(n: int) -> None:
-    """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n; on a GPU in float32."""
-    settings.exact_products()
+def start_streams(n: int, precision: str = "float32") -> None:
+    """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n; on a GPU in float32, or in tf32."""
+    if precision != "tf32":
+        settings.exact_products()
     settings.long_graphs()
     limit_memory()
     if use_streams(str(n)) > 1:
@@ -36,5 +37,6 @@ def start_streams(n: int) -> None:
 
 
 def facts() -> dict:
-    """Return the BLAS and the peak memory of MLX in GB."""
-    return {"blas": blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)}
+    """Return the device, the BLAS and the peak memory of MLX in GB."""
+    device = str(mx.device_info().get("device_name", "CPU")) if on_gpu() else "CPU"
+    return {"device": device, "blas": blas.describe(), "peak_mlx_gb": round(mx.get_peak_memory() / 1e9, 3)}

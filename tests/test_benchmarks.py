@@ -18,7 +18,17 @@ from startup import blas  # noqa: F401  before mlx
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VOCABULARY = 60
 TINY = "--layers 2 --width 16 --heads 2 --vocabulary 60 --length 9 --batch 2 --runs 1".split()
-FIELDS = {"seconds", "cpu_seconds", "tokens_per_second", "peak_rss_gb", "peak_mlx_gb", "blas", "processor", "load"}
+FIELDS = {
+    "device",
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_second",
+    "peak_rss_gb",
+    "peak_mlx_gb",
+    "blas",
+    "processor",
+    "load",
+}
 NEEDS_TORCH = "torch and transformers are not installed: no peer to compare with"
 
 
@@ -108,6 +118,7 @@ def test_the_peer_has_our_loss(peer, models):
     ours, theirs = models
     rows = make_rows(n_labeled=4)
     expected = peer.loss(theirs, peer.collate(rows, pad_id=0)).item()
+    assert peer.lean_loss(theirs, peer.collate(rows, pad_id=0)).item() == pytest.approx(expected, rel=1e-6)
     assert ours(collate(rows, pad_id=0).to_mlx()).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -117,9 +128,11 @@ def test_the_peer_decodes_our_tokens(peer, models):
     expected = [peer.generate(theirs, row, 6, eos_id=7) for row in rows]
     assert ours.generate(collate(rows, pad_id=0).to_mlx(), 6, eos_id=7) == expected
     assert any(expected)
+    assert peer.lean_generate(theirs, rows, 6, eos_id=7) == expected
 
 
 def test_the_peer_is_measured(peer):
     for script in ("train_step.py", "generate.py"):
-        result = measured(script, "--peer", "--latents", "1")
-        assert {"peer_seconds", "peer_peak_rss_gb", "ratio_to_peer", "ratio_to_peer_of_pairs"} <= result.keys()
+        result = measured(script, "--peer", "--lean-peer", "--latents", "1")
+        for name in ("peer", "lean_peer"):
+            assert {f"{name}_seconds", f"ratio_to_{name}", f"ratio_to_{name}_of_pairs"} <= result.keys()
