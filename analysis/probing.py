@@ -12,6 +12,7 @@ from coconut import Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, collate
 from models.loading import find_source, load_gpt2
+from startup import settings
 from text.tokenizer import load_tokenizer
 from text.tokens import TokenExample
 from training import resume
@@ -43,6 +44,7 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
     tokenizer: the vocabulary, where the recorded one has moved. Raises UserError for anything else than a checkpoint of
     this code: other weights do not say how many thoughts they were trained with.
     """
+    settings.exact_products()
     folder = Path(path)
     if folder.is_dir() and resume.holds_training(folder):
         folder = resume.best_checkpoint(folder)

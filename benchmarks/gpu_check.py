@@ -9,8 +9,13 @@ Prints JSON lines. Weights and tokens are random. --precision tf32 or bf16 compu
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import workload
 import ours
@@ -29,6 +34,8 @@ from parallel.distributed import ALONE
 from parallel.streams import on_gpu
 from training.step import TrainStep, new_optimizer
 
+LATENTS = ((3, 1, 0, 3), (6, 6, 6, 6), (0, 0, 0, 0))  # of the rows of each batch that fidelity compares
+
 
 def smoke(options: argparse.Namespace) -> None:
     """The device; the error of a product (1e-6 in float32, 3e-4 in TF32); NaN in attention over masked rows."""
@@ -45,47 +52,75 @@ def smoke(options: argparse.Namespace) -> None:
 
 
 def fidelity(options: argparse.Namespace) -> None:
-    """The largest difference of loss, gradients (relative to each one's largest number) and decoded tokens."""
-    device, rng = mx.default_device(), np.random.default_rng(0)
+    """Differences from the CPU, which another process computes: of the loss, of the gradients (relative to each one's
+    largest number), and of greedy answers.
+    """
+    found = mixed_batches(compute_dtype(options.precision == "bf16"))
+    expected = computed_on_cpu()
+    for number, latents in enumerate(LATENTS):
+        of_this = {name: value for name, value in expected.items() if name.startswith(f"{number} ")}
+        if of_this:
+            compare(options, number, of_this, found)
+        else:
+            say(options, latents=latents, loss=float(found[f"{number} loss"]), note="the CPU took too long")
+
+
+def computed_on_cpu(limit: float = 45) -> dict[str, np.ndarray]:
+    """`mixed_batches` of another process on the CPU, in float32; empty where that takes more than so many seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cpu.npz")
+        command = [sys.executable, __file__, "fidelity", "--save", str(path)]
+        try:
+            subprocess.run(command, env=os.environ | {"COCONUT_DEVICE": "cpu"}, check=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {}
+        return dict(np.load(path))
+
+
+def compare(options: argparse.Namespace, number: int, expected: dict, found: dict) -> None:
+    """Print how far the results of one batch are from the CPU's."""
+    loss, ids = expected.pop(f"{number} loss"), expected.pop(f"{number} ids")
+    differences = {
+        name: float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-12))
+        for name, value in expected.items()
+        if not name.endswith("c_attn.bias")  # a third of it is noise around 0
+    }
+    worst = max(differences, key=lambda name: differences[name])
+    same = (ids == found[f"{number} ids"]).all(axis=1)
+    say(options, latents=LATENTS[number], loss=float(loss), loss_difference=float(abs(found[f"{number} loss"] - loss)),
+        worst=worst, gradient_difference=differences[worst], same_answers=f"{same.sum()} of {len(ids)}")  # fmt: skip
+
+
+def mixed_batches(dtype: mx.Dtype) -> dict[str, np.ndarray]:
+    """Loss, gradients and greedy answers of three batches of a small model, without dropout; weights are numpy's."""
     rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
-    mx.random.seed(0)
-    model = Coconut(GPT2(GPT2Config(vocab_size=5000, n_embd=256, n_layer=4, n_head=4, initializer_range=0.1, **rates)))
-    mx.eval(model.parameters())
-    for n_latents in ((3, 1, 0, 3), (6, 6, 6, 6), (0, 0, 0, 0)):
-        rows = [sequence(rng, 5000, rng.integers(20, 120), n, rng.integers(5, 30)) for n in n_latents]
-        prompts = [row._replace(ids=row.ids[: row.n_unlabeled]) for row in rows]
-        found = []
-        for where, dtype in ((mx.cpu, mx.float32), (device, compute_dtype(options.precision == "bf16"))):
-            mx.set_default_device(where)
-            found.append(results(model, rows, prompts, dtype))
-        mx.set_default_device(device)
-        (loss, gradient, ids), (other_loss, other_gradient, other_ids) = found
-        differences = {
-            name: float(np.abs(other_gradient[name] - value).max() / max(np.abs(value).max(), 1e-12))
-            for name, value in gradient.items()
-            if not name.endswith("c_attn.bias")  # a third of it is noise around 0
-        }
-        worst = max(differences, key=differences.get)
-        same = sum(a == b for a, b in zip(ids, other_ids, strict=True))
-        say(options, latents=n_latents, loss=loss, loss_difference=abs(other_loss - loss), worst=worst,
-            gradient_difference=differences[worst], same_answers=f"{same} of {len(ids)}")  # fmt: skip
+    rng = np.random.default_rng(0)
+    model = Coconut(GPT2(GPT2Config(vocab_size=5000, n_embd=256, n_layer=4, n_head=4, **rates)))
+    drawn = {name: 0.1 * rng.standard_normal(array.shape) for name, array in tree_flatten(model.parameters())}
+    model.load_weights([(name, mx.array(array.astype(np.float32))) for name, array in drawn.items()])
+    found = {}
+    for number, n_latents in enumerate(LATENTS):
+        rows = [sequence(rng, 5000, int(rng.integers(20, 120)), n, int(rng.integers(5, 30))) for n in n_latents]
+        found |= {f"{number} {name}": value for name, value in results(model, rows, dtype).items()}
+    return found
 
 
-def results(model: Coconut, rows: list, prompts: list, dtype: mx.Dtype) -> tuple[float, dict, list]:
-    """Loss, gradient by name, and greedy answers on the default device."""
-    batch, prompt_batch = collate(rows, pad_id=0).to_mlx(), collate(prompts, pad_id=0).to_mlx()
+def results(model: Coconut, rows: list[TrainingSequence], dtype: mx.Dtype) -> dict[str, np.ndarray]:
+    """Loss, gradient by name, and greedy answers."""
 
     def computed(batch) -> mx.array:
         with computing_in(model, dtype):
             return model(batch)
 
     own = model.parameters()
-    loss, gradient = nn.value_and_grad(model.train(), computed)(batch)
+    loss, gradient = nn.value_and_grad(model.train(), computed)(collate(rows, pad_id=0).to_mlx())
     model.update(own)
     mx.eval(loss, gradient)
+    prompts = collate([row._replace(ids=row.ids[: row.n_unlabeled]) for row in rows], pad_id=0)
     with computing_in(model.eval(), dtype):
-        ids = model.generate(prompt_batch, 8, eos_id=-1)
-    return loss.item(), {name: np.array(array) for name, array in tree_flatten(gradient)}, ids
+        ids = model.generate(prompts.to_mlx(), 8, eos_id=-1)
+    gradients = {name: np.array(array) for name, array in tree_flatten(gradient)}
+    return gradients | {"loss": np.array(loss), "ids": np.array([(i + [-1] * 8)[:8] for i in ids])}
 
 
 def steps(options: argparse.Namespace) -> None:
@@ -126,8 +161,12 @@ def main() -> None:
     parser = workload.parser(__doc__, batch=32)
     parser.add_argument("check", choices=("smoke", "fidelity", "steps"))
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
+    parser.add_argument("--save", help=argparse.SUPPRESS)  # where fidelity's process on the CPU leaves its results
     options = parser.parse_args()
     ours.start_streams(options.threads, options.precision)
+    if options.save:
+        np.savez(options.save, **mixed_batches(mx.float32))
+        return
     {"smoke": smoke, "fidelity": fidelity, "steps": steps}[options.check](options)
 
 

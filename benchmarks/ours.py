@@ -4,6 +4,7 @@ Import it before anything else that imports mlx: it loads OpenBLAS.
 """
 
 import argparse
+import os
 
 import workload  # noqa: F401  puts the repository's root on the path
 
@@ -13,7 +14,7 @@ import mlx.core as mx
 
 from coconut import Coconut
 from models.gpt2 import GPT2, GPT2Config
-from parallel.streams import on_gpu, use_streams
+from parallel.streams import on_gpu, use_device, use_streams
 from training.memory import limit_memory
 
 
@@ -31,6 +32,7 @@ def start_streams(n: int, precision: str = "float32") -> None:
     if precision != "tf32":
         settings.exact_products()
     settings.long_graphs()
+    use_device(os.environ.get("COCONUT_DEVICE"))
     limit_memory()
     if use_streams(str(n)) > 1:
         settings.lift_graph_width()

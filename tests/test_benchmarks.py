@@ -54,6 +54,7 @@ def test_generate_prints_its_fields():
     result = measured("generate.py", "--examples", "3", "--new-tokens", "2", "--latents", "0", "--own-blas")
     assert FIELDS | {"seconds_per_example", "ratio_to_own_blas"} <= result.keys()
     assert (result["examples"], result["prompt_tokens"], result["latents"]) == (3, 9 + 6 + 2, 0)
+    assert result["shortest_answer"] == 2
 
 
 def test_data_parallel_computes_the_same_and_reports_the_time_of_communication():
@@ -136,3 +137,23 @@ def test_the_peer_is_measured(peer):
         result = measured(script, "--peer", "--lean-peer", "--latents", "1")
         for name in ("peer", "lean_peer"):
             assert {f"{name}_seconds", f"ratio_to_{name}", f"ratio_to_{name}_of_pairs"} <= result.keys()
+
+
+def test_a_gpu_is_checked_against_the_cpu():
+    """Here a CPU against itself, and a few optimizer steps of unlike items."""
+    lines = [checked(*words) for words in (["smoke"], ["fidelity"], ["steps", "--steps", "2"])]
+    [product, *attention], batches, [steps] = lines
+    assert product["error_of_a_product"] < 1e-5 and len(attention) == 2
+    assert [batch["latents"] for batch in batches] == [[3, 1, 0, 3], [6, 6, 6, 6], [0, 0, 0, 0]]
+    for batch in batches:
+        assert batch["loss_difference"] < 1e-4 and batch["gradient_difference"] < 1e-3
+        assert batch["same_answers"] == "4 of 4"
+    assert steps["step"] == 2 and steps["loss"] > 1 and steps["most"] >= steps["least"] > 0
+
+
+def checked(*words: str) -> list[dict]:
+    """The JSON lines of gpu_check.py."""
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), *words, *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
