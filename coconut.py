@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     first_latent: int  # column of the first latent, T where there is none
     label_positions: mx.array  # [N] int, row * T + column of the hidden state that predicts a labeled token
     labels: mx.array  # [N] int, the labeled tokens
-    label_mask: mx.array  # [N] float, 0 on the entries that only round N up, else 1
+    label_mask: mx.array  # [N] float, 0 on the entries that only round N up, else 1 or the label's weight
     last_column: mx.array  # [B] int, column of the row's last token
 
     def to_mlx(self) -> "Batch":
@@ -74,7 +74,10 @@ class Coconut(nn.Module):
         return mx.concatenate(hidden, axis=1), cache
 
     def __call__(self, batch: Batch) -> mx.array:
-        """Mean cross-entropy over the batch's labeled tokens (scalar); logits are computed for those alone."""
+        """Mean cross-entropy over the batch's labeled tokens, weighted by label_mask (scalar).
+
+        Logits are computed for those tokens alone.
+        """
         hidden, _ = self.think(batch)
         labeled = hidden.reshape(-1, hidden.shape[-1])[batch.label_positions]  # [B * T, D] -> [N, D]
         return (self._losses(labeled, batch.labels) * batch.label_mask).sum() / batch.label_mask.sum()

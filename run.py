@@ -26,8 +26,9 @@ if __name__ == "__main__":
     settings.own_pictures()
 from config import Config, load_config, usage
 from parallel.distributed import ALONE, FailedElsewhere, Group, join
-from parallel.streams import use_streams
+from parallel.streams import use_device, use_streams
 from training import dry_run, trainer
+from training.memory import limit_memory
 from training.setup import prepare
 from utils import RunError, Stopped, UserError, say
 
@@ -75,7 +76,7 @@ def command(arguments: list[str], group: Group) -> None:
         say(usage())
         return
     config = read_config(words, group)
-    choose_streams(config)
+    set_up_device(config)
     if words == arguments:
         execute(config, group)
     else:
@@ -95,8 +96,13 @@ def read_config(words: list[str], group: Group) -> Config:
     return config
 
 
-def choose_streams(config: Config) -> None:
-    """Several CPU streams share a batch, unless memory is what counts (grad_checkpoint)."""
+def set_up_device(config: Config) -> None:
+    """Choose device, precision and streams: several share a batch on a CPU, but not with grad_checkpoint."""
+    if not config.tf32:
+        settings.exact_products()
+    settings.long_graphs()
+    use_device(os.environ.get("COCONUT_DEVICE"))
+    limit_memory()
     n = use_streams("1" if config.grad_checkpoint else os.environ.get("COCONUT_STREAMS"))
     if n > 1:
         settings.lift_graph_width()

@@ -15,6 +15,7 @@ from config import FIELDS, Config
 from dataset import Curriculum, Data, collate
 from models.loading import find_tokenizer, load_model
 from models.source import find_source
+from startup import settings
 from text.reader import Example
 from text.tokens import TokenExample, encode_example
 from training import resume
@@ -47,6 +48,7 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
     tokenizer: the vocabulary, where the recorded one has moved. Raises UserError for anything else than a checkpoint of
     this code: other weights do not say how many thoughts they were trained with.
     """
+    settings.exact_products()
     folder = Path(path)
     if folder.is_dir() and resume.holds_training(folder):
         folder = resume.best_checkpoint(folder)

@@ -13,6 +13,7 @@ from config import Config
 from dataset import Curriculum, Data, collate
 from methods import METHOD_KEYS
 from parallel.distributed import Group
+from parallel.streams import on_gpu
 from text import tokens as tokens_module
 from text.reader import Example, Source
 from text.tokenizer import Tokenizer
@@ -328,7 +329,7 @@ def test_labels_are_the_tokens_behind_the_thoughts_predicted_one_before(rows):
     ].all()  # from a token of its own, never from padding
     assert batch.label_mask.tolist() == [1.0] * count + [0.0] * (len(batch.label_mask) - count)
     assert len(batch.label_positions) == len(batch.labels) == len(batch.label_mask)
-    assert len(batch.label_mask) % dataset.LABELS_MULTIPLE == 0
+    assert len(batch.label_mask) % dataset.LABELS_MULTIPLE[on_gpu()] == 0
     assert batch.label_positions.min(initial=0) >= 0
     assert batch.label_positions.max(initial=0) < batch.input_ids.size
 

@@ -26,6 +26,7 @@ from parallel import distributed as module
 from parallel.distributed import ALONE, Group, join, parameter_digest
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 DTYPES = ("int32", "float32", "int64", "float64", "uint64", "uint8")

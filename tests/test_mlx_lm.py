@@ -224,7 +224,7 @@ def test_quantized_weights_keep_their_type_in_another_precision():
     model = tiny("llama", MODELS["llama"])
     nn.quantize(model.lm, group_size=32, bits=8, class_predicate=lambda name, m: name.endswith("mlp.gate_proj"))
     kinds = {name: p.dtype for name, p in tree_flatten(model.parameters())}
-    with computing_in(model, mx.bfloat16):
+    with computing_in(Coconut(model), mx.bfloat16):
         inside = {name: p.dtype for name, p in tree_flatten(model.parameters())}
     assert (
         {name for name, kind in kinds.items() if kind == mx.uint32}

@@ -23,6 +23,7 @@ from text import tokens
 from training import checkpoint as ckpt
 from training import resume, step, trainer
 
+pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
 EVAL_KEYS |= {"train/seconds", "acc_interval"}
@@ -736,8 +737,6 @@ def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_
 
 
 def test_bf16_on_cpu_is_float32_with_a_word(shared_tiny, call_main, tmp_path):
-    if mx.default_device() == mx.Device(mx.gpu):
-        pytest.skip("about CPU")
     outcome = call_main(shared_tiny.config(save_path=tmp_path, bf16=True, num_epochs=1))
     assert outcome.status == 0 and "bf16 is many times slower on CPU; float32 is used" in outcome.err
 

@@ -27,7 +27,7 @@ TRAINING = [
     {"trainer", "dry_run"},
     {"setup"},
     {"resume"},
-    {"checkpoint", "step", "evaluation", "metrics", "curves"},
+    {"checkpoint", "step", "evaluation", "memory", "metrics", "curves"},
 ]
 FOLDERS = ("models", "text", "training", "parallel", "startup", "analysis", "scripts", "benchmarks", "preprocessing")
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])

@@ -14,12 +14,15 @@ from coconut import Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, count_batches, warn_of_shared_questions
 from methods import METHOD_KEYS
+from models.gpt2 import GPT2Config
 from models.loading import find_tokenizer, load_model
+from models.precision import name_precision
 from models.source import Source, find_source
 from parallel.distributed import ALONE, Group, parameter_digest
 from parallel.streams import n_streams, on_gpu
 from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
+from training.memory import check_memory
 from utils import UserError, say, warn, write_text
 
 # What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
@@ -67,7 +70,8 @@ class Run:
     def metadata(self, epochs_done: int, stage: int) -> dict:
         """What a checkpoint written now says about itself."""
         facts = describe_run(self.curriculum, epochs_done, stage, self.group.world_size)
-        return facts | {"contents": self.contents, "streams": n_streams()}
+        precision = name_precision(self.config.bf16)
+        return facts | {"contents": self.contents, "streams": n_streams(), "precision": precision}
 
 
 def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
@@ -196,7 +200,7 @@ def print_summary(run: Run, blas: str) -> None:
     """The run's first lines: what it is, on what device, with what data, and where it writes."""
     config, shape = run.config, run.model.transformer.config
     n = n_streams()
-    device = "GPU" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
+    device = f"GPU ({name_precision(config.bf16)})" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
     length = "evaluation only" if config.only_eval else f"{config.num_epochs} epochs"
     n_parameters, n_trained = (
         sum(array.size for _, array in tree_flatten(tree))
@@ -213,6 +217,8 @@ def print_summary(run: Run, blas: str) -> None:
     say(f"files: {run.directory}")
     if disk := resume.check_disk(config, 4 * n_trained, run.first_epoch):
         say(disk)
+    if run.train and on_gpu() and isinstance(shape, GPT2Config):
+        check_memory(shape, config, run.train.tokens, run.curriculum)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
