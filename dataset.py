@@ -15,7 +15,7 @@ import numpy as np
 from coconut import Batch
 from config import Config
 from parallel.distributed import ALONE, Group
-from parallel.streams import chunk_bounds, n_streams
+from parallel.streams import chunk_bounds, n_streams, on_gpu
 from text.reader import SHOWN, Example, open_source, warn_of_marked_steps
 from text.tokenizer import Tokenizer
 from text.tokens import LAYOUTS, TokenDataset, TokenExample, tokenize, tokenize_cached
@@ -23,7 +23,10 @@ from utils import UserError, warn
 
 MOST_EXTRA_TOKENS = 100  # of iCoT's random extra removal
 EVERYTHING = 2**31 - 1  # as a number of tokens: more than any chain has
-LABELS_MULTIPLE = 64  # labeled tokens of a batch are rounded up to this, so that shapes repeat
+# Columns and labeled tokens of a batch are rounded up to multiples: (on a CPU, on a GPU). A GPU keeps buffers for each
+# shape, so shapes should repeat there. A CPU would only compute more padding: 56 columns of the graphs' 47.
+COLUMNS_MULTIPLE = (1, 8)
+LABELS_MULTIPLE = (1, 64)
 
 
 class TrainingSequence(NamedTuple):
@@ -328,11 +331,12 @@ def chunks(sequences: list[TrainingSequence], n_chunks: int, pad_id: int) -> lis
     return [Chunk(collate(part, pad_id), sum(s.n_labeled for s in part) / n_labeled) for part in parts]
 
 
-def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int = 8) -> Batch:
-    """Pad sequences as the official MyCollator does; lengths are rounded up to `multiple` so that shapes repeat.
+def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int | None = None) -> Batch:
+    """Pad sequences as the official MyCollator does; lengths are rounded up to `multiple`, by default the device's.
 
     Rows with latents are shifted right until their first latents are in one column, others start in column 0.
     """
+    multiple = multiple or COLUMNS_MULTIPLE[on_gpu()]
     lengths = np.array([len(s.ids) for s in sequences])
     n_latents = np.array([s.n_latents for s in sequences])
     starts = np.array([s.latent_start for s in sequences])
@@ -347,7 +351,7 @@ def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int = 8) -
     input_ids[attention_mask] = np.concatenate([s.ids for s in sequences])
     labeled = attention_mask & (positions >= np.array([[s.n_unlabeled] for s in sequences]))
     labels = input_ids[labeled]
-    extra = _round_up(len(labels), LABELS_MULTIPLE) - len(labels)
+    extra = _round_up(len(labels), LABELS_MULTIPLE[on_gpu()]) - len(labels)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -24,11 +24,13 @@ class PeerBatch(NamedTuple):
     is_latent: torch.Tensor  # [B, K] bool
 
 
-def new_model(vocabulary: int, layers: int, width: int, heads: int, dropout: float = 0.1) -> GPT2LMHeadModel:
-    """Make a GPT-2 with random weights."""
+def new_model(
+    vocabulary: int, layers: int, width: int, heads: int, inner: int | None = None, dropout: float = 0.1
+) -> GPT2LMHeadModel:
+    """Make a GPT-2 with random weights; inner: the width between the feed-forward layers, None for 4 * width."""
     torch.manual_seed(0)
     rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-    shape = GPT2Config(vocab_size=vocabulary, n_layer=layers, n_embd=width, n_head=heads, **rates)
+    shape = GPT2Config(vocab_size=vocabulary, n_layer=layers, n_embd=width, n_head=heads, n_inner=inner, **rates)
     return GPT2LMHeadModel(shape)
 
 
