@@ -52,7 +52,8 @@ def serve_peer(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    model = peer.new_model(options.vocabulary, options.layers, options.width, options.heads)
+    sizes = options.vocabulary, options.layers, options.width, options.heads, options.inner
+    model = peer.new_model(*sizes, options.dropout)
     rows = prompts(options, options.peer_examples if options.worker == "peer" else options.examples)
 
     def official() -> None:

@@ -21,10 +21,9 @@ from training.memory import limit_memory
 def new_model(options: argparse.Namespace) -> Coconut:
     """Make a model of the given size with random weights."""
     mx.random.seed(0)
-    shape = GPT2Config(
-        vocab_size=options.vocabulary, n_layer=options.layers, n_embd=options.width, n_head=options.heads
-    )
-    return Coconut(GPT2(shape))
+    sizes = {"n_layer": options.layers, "n_embd": options.width, "n_head": options.heads, "n_inner": options.inner}
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), options.dropout)
+    return Coconut(GPT2(GPT2Config(vocab_size=options.vocabulary, **sizes, **rates)))
 
 
 def start_streams(n: int, precision: str = "float32") -> None:

@@ -53,11 +53,13 @@ def new_optimizer(model: GPT2LMHeadModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=device().type == "cuda")
 
 
-def new_model(vocabulary: int, layers: int, width: int, heads: int, dropout: float = 0.1) -> GPT2LMHeadModel:
-    """Make a GPT-2 with random weights, on the device."""
+def new_model(
+    vocabulary: int, layers: int, width: int, heads: int, inner: int | None = None, dropout: float = 0.1
+) -> GPT2LMHeadModel:
+    """Make a GPT-2 with random weights, on the device; inner: the width inside a feed-forward layer (4 * width)."""
     torch.manual_seed(0)
     rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-    shape = GPT2Config(vocab_size=vocabulary, n_layer=layers, n_embd=width, n_head=heads, **rates)
+    shape = GPT2Config(vocab_size=vocabulary, n_layer=layers, n_embd=width, n_head=heads, n_inner=inner, **rates)
     return GPT2LMHeadModel(shape).to(device())
 
 

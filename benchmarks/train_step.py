@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                             # GPT-2 124M, ProsQA's lengths, 1 thread
     python benchmarks/train_step.py --preset gsm --batch 16 --peer
+    python benchmarks/train_step.py @benchmarks/graph.args --peer  # the model and the lengths of args/graph_*.yaml
     python benchmarks/train_step.py --sweep latents             # also: batch, length; values: latents=0,6
 
 A step is forward, backward and AdamW with dropout, as in run.py, on random weights and tokens. Prints one JSON line to
@@ -68,7 +69,8 @@ def serve_peer(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    model = peer.new_model(options.vocabulary, options.layers, options.width, options.heads)
+    sizes = options.vocabulary, options.layers, options.width, options.heads, options.inner
+    model = peer.new_model(*sizes, options.dropout)
     optimizer, batch = peer.new_optimizer(model), peer.collate(workload.rows(options), pad_id=0)
     loss = peer.lean_loss if options.worker == "lean_peer" else peer.loss
 

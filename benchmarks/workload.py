@@ -41,12 +41,14 @@ class Preset(NamedTuple):
 
 
 PEERS = ("peer", "lean_peer")
-PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30)}
+PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30), "graph": Preset(44, 3, 3)}
 
 
 def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentParser:
     """Make a parser with the options that all benchmarks have: the sizes of batch and model."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
     made.add_argument("--preset", choices=PRESETS, default=preset, help="lengths (default: %(default)s)")
     made.add_argument("--batch", type=int, default=batch, help="examples in a batch (default: %(default)s)")
     made.add_argument(
@@ -56,6 +58,8 @@ def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentP
     made.add_argument("--runs", type=int, default=5, help="measured runs of each side, after a warm-up (default: 5)")
     for name, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocabulary", 50_260)):
         made.add_argument(f"--{name}", type=int, default=default, help="of the model (default: GPT-2 124M's)")
+    made.add_argument("--inner", type=int, help="width between the feed-forward layers (default: 4 times --width)")
+    made.add_argument("--dropout", type=float, default=0.1, help="all three rates (default: 0.1)")
     return made
 
 

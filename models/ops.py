@@ -180,7 +180,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
     scale, rate = q.shape[-1] ** -0.5, dropout.rate
     if not rate and (q.shape[2] == 1 or on_gpu()):  # MLX's fused attention has no dropout and is slow on CPU
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    q, v = q * scale, v * (1 / (1 - rate))
+    q, k, v = mx.contiguous(q * scale), mx.contiguous(k), mx.contiguous(v * (1 / (1 - rate)) if rate else v)
     n_queries, n_cached = q.shape[2], k.shape[2] - q.shape[2]
     starts = range(0, n_queries, QUERY_BLOCK)
     keys = mx.random.split(key, len(starts)) if rate else [None] * len(starts)
@@ -255,7 +255,7 @@ def _masked_softmax(scores: mx.array, mask: mx.array) -> mx.array:
 def _attend_vjp(primals, cotangents, outputs):
     q, k, v, mask, keep = primals
     out, weights = outputs
-    gradient = cotangents[0]  # [B, H, T, Dh]
+    gradient = mx.contiguous(cotangents[0])  # [B, H, T, Dh]
     dropped = _drop(_again([weights], gradient)[0] if on_gpu() else weights, keep)
     mean = (gradient.astype(mx.float32) * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
     to_scores = (dropped * (gradient @ v.swapaxes(-1, -2)) - weights * mean).astype(q.dtype)  # [B, H, T, S]
