@@ -6,12 +6,15 @@ question, steps and answer.
 
 import json
 from collections import deque
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 from utils import UserError
 
 GROUPS = ("not reachable", "nearer", "frontier", "on the path", "off the path", "farther")
+HEIGHTS = ("search", "shortest", "longest")
+KEYS = ("edges", "root", "target")
 
 
 class Graph(NamedTuple):
@@ -26,11 +29,17 @@ class Graph(NamedTuple):
         """All nodes, in the order of their first edge."""
         return list(dict.fromkeys(node for edge in self.edges for node in edge))
 
+    @property
+    def children(self) -> dict[str, list[str]]:
+        """The children of each node that has some."""
+        found: dict[str, list[str]] = {}
+        for parent, child in self.edges:
+            found.setdefault(parent, []).append(child)
+        return found
+
     def distances(self, start: str) -> dict[str, int]:
         """Edges from `start` to each node that can be reached from it (breadth-first)."""
-        children: dict[str, list[str]] = {}
-        for parent, child in self.edges:
-            children.setdefault(parent, []).append(child)
+        children = self.children
         found, queue = {start: 0}, deque([start])
         while queue:
             node = queue.popleft()
@@ -47,10 +56,38 @@ class Graph(NamedTuple):
             ends.append({child for parent, child in self.edges if parent in ends[-1]})
         return ends
 
+    def distances_to_target(self) -> dict[str, int]:
+        """Edges to the target from each node that leads to it."""
+        return Graph([(child, parent) for parent, child in self.edges], self.target, self.root).distances(self.target)
+
+    def heights(self, kind: str) -> dict[str, int]:
+        """Edges from each node down to a leaf, by a kind of HEIGHTS: along the shortest path or along the longest one.
+
+        `search`: along the longest path whose every edge leads one edge farther away from the root, which is the height
+        in the tree that a breadth-first search sees. Raises UserError for a graph with a cycle.
+        """
+        children, choose = self.children, min if kind == "shortest" else max
+        if kind == "search":
+            ahead = self.distances(self.root)
+            down = [(a, b) for a, b in self.edges if a in ahead and ahead[b] == ahead[a] + 1]
+            children = Graph(down, self.root, self.target).children
+        found = dict.fromkeys(self.nodes, 0)
+        try:
+            for node in TopologicalSorter(children).static_order():  # children first
+                found[node] = 1 + choose(found[child] for child in children[node]) if node in children else 0
+        except CycleError as error:
+            raise UserError(f"the graph of {self.root} has a cycle ({error.args[1]}), so no heights") from error
+        return found
+
+    def nearest_parent(self, node: str) -> str | None:
+        """The parent of a node that is nearest to the root; None where no parent can be reached from there."""
+        ahead = self.distances(self.root)
+        parents = [parent for parent, child in self.edges if child == node and parent in ahead]
+        return min(parents, key=ahead.__getitem__, default=None)
+
     def path_nodes(self) -> set[str]:
         """Nodes on some shortest path from the root to the target."""
-        ahead = self.distances(self.root)
-        behind = Graph([(child, parent) for parent, child in self.edges], self.target, self.root).distances(self.target)
+        ahead, behind = self.distances(self.root), self.distances_to_target()
         length = ahead.get(self.target)
         return {node for node in ahead if node in behind and ahead[node] + behind[node] == length}
 
@@ -84,8 +121,21 @@ def read_graphs(path: str, limit: int | None = None) -> list[Graph]:
     return [_graph_of(item, f"{path}: item {index}") for index, item in enumerate(items[:limit])]
 
 
+def find_graphs(path: str) -> list[Graph] | None:
+    """The graphs of a data set; None where its first item holds none, or where it is another file than a JSON list.
+
+    Raises UserError for a later item that holds none.
+    """
+    try:
+        items = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):  # JSON Lines, gzipped, or of the package datasets: other readers open it
+        return None
+    holds_one = isinstance(items, list) and items and isinstance(items[0], dict) and set(KEYS) <= set(items[0])
+    return read_graphs(path) if holds_one else None
+
+
 def _graph_of(item: dict, where: str) -> Graph:
-    missing = [key for key in ("edges", "root", "target") if not isinstance(item, dict) or key not in item]
+    missing = [key for key in KEYS if not isinstance(item, dict) or key not in item]
     if missing:
         raise UserError(
             f"{where}: holds no graph ({', '.join(missing)} missing); preprocessing/graphs.py and "

@@ -13,6 +13,7 @@ from training.evaluation import wilson
 from utils import replacing
 
 COLORS = "Blues"
+PARTS = [LINES[i] for i in (0, 5, 1, 4, 2, 3)]  # of draw_stacks
 
 
 @contextmanager
@@ -51,6 +52,19 @@ def draw_bars(panel, bars: dict[str, tuple[int, int]], label: str) -> None:
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_stacks(panel, stacks: dict[str, dict[str, int]], label: str) -> None:
+    """A bar for each {name: {part: items}}, its six parts on top of one another."""
+    bottom = np.zeros(len(stacks))
+    for part, color in zip(next(iter(stacks.values())), PARTS, strict=True):
+        counts = np.array([own[part] for own in stacks.values()])
+        panel.bar(range(len(stacks)), counts, bottom=bottom, label=part, color=color)
+        bottom += counts
+    panel.set_xticks(range(len(stacks)), list(stacks), fontsize=9)
+    panel.set(ylabel="items", xlabel=label)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False, fontsize=9)
 
 
 def draw_points(panel, points: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:

@@ -20,7 +20,7 @@ from text.reader import Example
 from text.tokens import TokenExample, encode_example
 from training import resume
 from training.checkpoint import read_metadata, versions
-from utils import Progress, UserError, command_parser, write_json_lines
+from utils import Progress, UserError, command_parser, warn, write_json_lines
 
 BATCH = 100  # prompts at a time
 FACT_END = re.compile(r"(?<=;)|(?<=[.?!])(?=\s+\S)")  # of the graph's edges, and of sentences
@@ -105,6 +105,24 @@ def require_thoughts(probe: Probe, path: str) -> None:
     if not probe.n_thoughts or probe.curriculum.method.thought != "hidden":
         title = probe.curriculum.method.title
         raise UserError(f"{path}: trained as {title}, which feeds back no thoughts; a Coconut checkpoint is needed")
+
+
+def require_room(probe: Probe, data: Data, n_thoughts: int, n_more: int = 0) -> None:
+    """Raise UserError where a question, so many thoughts and n_more tokens exceed the model's positions."""
+    longest = int(data.tokens.question_lengths.max()) + len(probe.curriculum.prompt(data.tokens[0], n_thoughts).ids)
+    longest += n_more - len(data.tokens[0].question)
+    n_positions = probe.model.transformer.config.n_positions
+    if longest >= n_positions:
+        raise UserError(
+            f"{data.path}: its longest question with {n_thoughts} thoughts takes {longest} of {n_positions} positions; "
+            "fewer thoughts are needed"
+        )
+
+
+def warn_if_unmixed(probe: Probe, path: str) -> None:
+    """Warn where a model was trained without mixing stages: it has seen few numbers of thoughts."""
+    if not probe.curriculum.config.uniform_prob:
+        warn(f"{path} was trained with uniform_prob 0, so it has seen few numbers of thoughts")
 
 
 def all_thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:

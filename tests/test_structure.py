@@ -32,7 +32,9 @@ TRAINING = [
 FOLDERS = ("models", "text", "training", "parallel", "startup", "analysis", "scripts", "benchmarks", "preprocessing")
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])
 # Of analysis/; its other files are commands.
-LIBRARIES = {"graphs", "probing", "changes", "conditions", "recording", "intervals", "pictures", "recorded", "page"}
+LIBRARIES = {
+    "graphs", "classes", "probing", "changes", "conditions", "recording", "intervals", "pictures", "recorded", "page",
+}  # fmt: skip
 COMMANDS = [
     ROOT / "run.py",
     *(path for folder in ("scripts", "analysis") for path in (ROOT / folder).glob("[a-z]*.py")),
