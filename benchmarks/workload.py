@@ -40,7 +40,7 @@ class Preset(NamedTuple):
     rest: int
 
 
-PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30), "graph": Preset(44, 3, 3)}
+PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30), "graph": Preset(40, 3, 3)}
 
 
 def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentParser:
