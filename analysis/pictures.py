@@ -67,6 +67,15 @@ def draw_stacks(panel, stacks: dict[str, dict[str, int]], label: str) -> None:
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False, fontsize=9)
 
 
+def draw_shares(panel, curves: dict[str, np.ndarray]) -> None:
+    """Areas below sorted curves [n], over percentiles; the last curve is the highest."""
+    for (name, values), color in zip(reversed(curves.items()), LINES, strict=False):
+        panel.fill_between(np.linspace(0, 1, len(values)), values, label=name, color=color, alpha=0.5, linewidth=0)
+    panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="percentile of the items", ylabel="value")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8, loc="lower right")
+
+
 def draw_points(panel, points: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:
     """Shares with their intervals, one below the other: {series: {name: (share, low, high)}}.
 

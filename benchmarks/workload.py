@@ -41,7 +41,7 @@ class Preset(NamedTuple):
 
 
 PEERS = ("peer", "lean_peer")
-PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30), "graph": Preset(44, 3, 3)}
+PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30), "graph": Preset(40, 3, 3)}
 
 
 def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentParser:
