@@ -70,7 +70,7 @@ def draw_stacks(panel, stacks: dict[str, dict[str, int]], label: str) -> None:
 def draw_shares(panel, curves: dict[str, np.ndarray]) -> None:
     """Areas below sorted curves [n], over percentiles; the last curve is the highest."""
     for (name, values), color in zip(reversed(curves.items()), LINES, strict=False):
-        panel.fill_between(np.linspace(0, 1, len(values)), values, label=name, color=color, alpha=0.5, linewidth=0)
+        panel.fill_between(np.linspace(0, 1, len(values)), values, label=name, color=color, linewidth=0)
     panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="percentile of the items", ylabel="value")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=8, loc="lower right")

@@ -204,7 +204,7 @@ def draw(found: dict[int, list[Valued]], options: argparse.Namespace) -> None:
             shown = next((v for v in own if v.index == options.item), None)
             if shown:
                 draw_thought(trees[column], shown.graph, _Shaded(k, shown), 1.0)
-                trees[column].set_title(f"item {options.item}, {k} thoughts", fontsize=10)
+                trees[column].set_title(f"item {options.item}, {k} thought{'s' * (k != 1)}", fontsize=10)
             else:
                 trees[column].set_axis_off()
             draw_shares(percentiles[column], curves(own))

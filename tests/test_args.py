@@ -20,7 +20,7 @@ NAMES = (
     "gsm_coconut_no_curriculum prontoqa_coconut_no_curriculum prosqa_coconut_no_curriculum "
     "gsm_cot gsm_coconut gsm_coconut_eval gsm_no_cot gsm_no_thoughts prontoqa_coconut prontoqa_coconut_eval "
     "prontoqa_no_cot prontoqa_no_thoughts prosqa_cot prosqa_cot_eval prosqa_coconut prosqa_coconut_eval prosqa_no_cot "
-    "prosqa_no_thoughts"
+    "prosqa_no_thoughts prosqa_coconut_analysis"
 ).split()
 # What the official YAML files hold (facebookresearch/coconut, args/): c_thought, epochs_per_stage, max_latent_stage,
 # num_epochs, resume, reset_optimizer.
@@ -68,6 +68,12 @@ def test_a_run_that_trains_no_thought_is_found(changes, is_warned):
     assert trains_no_thought(Curriculum(config, None), config.resume, range(1, 6)) == is_warned
 
 
+def test_the_model_for_analysis_differs_in_mixing_alone():
+    one, other = (load_config(str(ROOT / "args" / f"prosqa_coconut{end}.yaml")).to_dict() for end in ("", "_analysis"))
+    assert {key for key in one if one[key] != other[key]} == {"name", "uniform_prob"}
+    assert other["uniform_prob"] == 0.3
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_it_has_the_official_values(name):
     c = load_config(str(ROOT / "args" / f"{name}.yaml"))
@@ -94,7 +100,7 @@ def test_its_first_lines_give_the_command_and_the_papers_result(path):
     head = path.read_text().split("\n\n")[0]
     assert f"python run.py args/{path.name}" in head
     assert "# First: bash preprocessing/" in head
-    assert re.search(r"# Paper \(GPT-2, test set\): \d+\.\d( ± \d+\.\d)? %", head)
+    assert re.search(r"# Paper \(GPT-2, test set(, without mixing)?\): \d+\.\d( ± \d+\.\d)? %", head)
     for command in re.findall(r"(?:bash|python) (\S+)", head):
         assert (ROOT / command).is_file()
 
