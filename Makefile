@@ -3,8 +3,8 @@
 # make test   from a bare machine to the whole test suite
 #
 # They make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time
-# that takes no time. Linux with an NVIDIA card: make demo CUDA=1. ORACLE=1 adds PyTorch and transformers, which some
-# tests compare with.
+# that takes no time. Linux with an NVIDIA card: make demo CUDA=1. ORACLE=1 adds PyTorch, transformers and mlx-lm, for
+# the tests that compare with them or are about other models than GPT-2.
 
 PYTHON ?= python3
 VENV := .venv
@@ -58,6 +58,6 @@ $(DEVELOPMENT): $(RUNTIME) requirements-dev.txt
 	$(PIP) --no-deps mlx-whisper==0.4.3
 	@touch $@
 
-$(COMPARISON): $(DEVELOPMENT) requirements-oracle.txt
-	$(PIP) -r requirements-oracle.txt
+$(COMPARISON): $(DEVELOPMENT) requirements-oracle.txt requirements-llm.txt
+	$(PIP) -r requirements-oracle.txt -r requirements-llm.txt
 	@touch $@

@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 
 from models.gpt2 import GPT2
+from models.mlx_lm import LanguageModel
 from models.ops import cross_entropy
 from parallel.streams import even_slices, map_streams
+
+LARGEST_LOGITS = 1 << 28  # numbers that are kept at once: 1 GiB, which GPT-2 reaches with 5,300 labeled tokens
 
 
 class Batch(NamedTuple):
@@ -28,7 +32,7 @@ class Batch(NamedTuple):
     first_latent: int  # column of the first latent, T where there is none
     label_positions: mx.array  # [N] int, row * T + column of the hidden state that predicts a labeled token
     labels: mx.array  # [N] int, the labeled tokens
-    label_mask: mx.array  # [N] float, 0 on the entries that only round N up, else 1
+    label_mask: mx.array  # [N] float, 0 on the entries that only round N up, else 1 or the label's weight
     last_column: mx.array  # [B] int, column of the row's last token
 
     def to_mlx(self) -> "Batch":
@@ -44,7 +48,7 @@ class Batch(NamedTuple):
 class Coconut(nn.Module):
     """The thought loop around a language model. It adds no parameter: parameters() has Hugging Face's GPT-2 names."""
 
-    def __init__(self, transformer: GPT2):
+    def __init__(self, transformer: GPT2 | LanguageModel):
         super().__init__()
         self.transformer = transformer
 
@@ -70,11 +74,29 @@ class Coconut(nn.Module):
         return mx.concatenate(hidden, axis=1), cache
 
     def __call__(self, batch: Batch) -> mx.array:
-        """Mean cross-entropy over the batch's labeled tokens (scalar); logits are computed for those alone."""
+        """Mean cross-entropy over the batch's labeled tokens, weighted by label_mask (scalar).
+
+        Logits are computed for those tokens alone.
+        """
         hidden, _ = self.think(batch)
         labeled = hidden.reshape(-1, hidden.shape[-1])[batch.label_positions]  # [B * T, D] -> [N, D]
-        logits = self.transformer.logits(labeled).astype(mx.float32)  # [N, vocabulary]
-        return (cross_entropy(logits, batch.labels) * batch.label_mask).sum() / batch.label_mask.sum()
+        return (self._losses(labeled, batch.labels) * batch.label_mask).sum() / batch.label_mask.sum()
+
+    def _losses(self, hidden: mx.array, labels: mx.array) -> mx.array:
+        """Cross-entropy of each label: hidden [N, D], labels [N] -> [N].
+
+        With a large vocabulary the logits are computed in parts, and again in the backward pass, and not kept.
+        """
+
+        def losses_of(hidden, labels):
+            return cross_entropy(self.transformer.logits(hidden).astype(mx.float32), labels)
+
+        size = max(1, LARGEST_LOGITS // self.transformer.config.vocab_size)
+        if len(labels) <= size:
+            return losses_of(hidden, labels)
+        recomputed = checkpoint(self.transformer.head, losses_of)
+        parts = [slice(start, start + size) for start in range(0, len(labels), size)]
+        return mx.concatenate([recomputed(hidden[part], labels[part]) for part in parts])
 
     def generate(self, batch: Batch, max_new_tokens: int, eos_id: int) -> list[list[int]]:
         """Greedy continuation of a batch of prompts: for each row its new ids, without the end token.

@@ -20,6 +20,7 @@ from methods import METHOD_KEYS, Method, find_method
 from utils import UserError, read_file
 
 REQUIRED = "(required)"
+LARGEST = 10**9  # of whole numbers but the seed: products of a few of them fit into 64 bits
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux; macOS allows fewer in a path
 NULL = "tag:yaml.org,2002:null"
 PATH_KEYS = {  # `~` and environment variables are expanded in these
@@ -79,14 +80,14 @@ class Config:
         "steps",
         words=("steps", "tokens", "none"),
     )
-    tokens_per_epoch: float = key("curriculum `tokens`: tokens removed per epoch", 1, at_least=0)
+    tokens_per_epoch: float = key("curriculum `tokens`: tokens removed per epoch", 1, at_least=0, at_most=LARGEST)
     remove_all_from: int | None = key(
         "curriculum `tokens`: once so many tokens are due, the whole chain goes; where None, the longest chain decides",
         39,
         at_least=1,
     )
     removal_smoothing: float | None = key(
-        "curriculum `tokens`: the rate of a random extra removal, P(o) ~ exp(-rate * o); None for no extra", 4, 0
+        "curriculum `tokens`: the rate of a random extra removal, P(o) ~ exp(-rate * o); None for no extra", 4, 1e-6
     )
     c_thought: int = key("continuous thoughts that replace one reasoning step", 1, at_least=0)
     epochs_per_stage: int = key("epochs of each training stage", 1, at_least=1)
@@ -116,7 +117,17 @@ class Config:
         at_least=0,
     )
     tokenizer: str | None = key("a .tiktoken file or a .json list of words; default GPT-2's vocabulary", None)
+    lora_rank: int | None = key(
+        "train adapters of this rank beside a frozen base (other models than GPT-2); None trains all weights", None, 1
+    )
+    lora_alpha: float = key("strength of the adapters: their output counts lora_alpha / lora_rank times", 16, 0)
+    lora_dropout: float = key("dropout in front of the adapters", 0.0, at_least=0, at_most=0.99)
+    lora_keys: str | None = key(
+        "the layers of a block that get adapters, as `self_attn.q_proj, self_attn.v_proj`; None: all linear ones", None
+    )
+    quantize: int | None = key("bits of the frozen base beside adapters (QLoRA): 8 or 4; None leaves it as it is", None)
     bf16: bool = key("bfloat16 compute with float32 parameters (GPU only; on CPU float32 is used)", False)
+    tf32: bool = key("TF32 products on a GPU: faster on CUDA and Apple's M5, off by 3e-4 instead of 1e-6", False)
 
     # Data
     train_path: str | None = key("training set (JSON list of question, steps, answer); needed unless only_eval", None)
@@ -181,8 +192,13 @@ class Config:
         return self.max_new_tokens or (64 if "gsm" in self.val_path else 128)
 
     def to_yaml(self) -> str:
-        """The resolved configuration, every key included, in a form that loads again."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """The resolved configuration, every key included, in a form that loads again.
+
+        But for `resume` of an evaluation that takes its stage from the checkpoint: given, it would decide next time.
+        """
+        left_out = {"resume"} if self.only_eval and not self.resume_given else set()
+        keys = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
     def to_dict(self) -> dict:
         """Every key and its value."""
@@ -244,7 +260,6 @@ def _read_yaml(path: str, problems: list[str]) -> dict:
             found = _describe(loader.construct_document(node) if node else None)
             raise UserError(f"{path}: expected `key: value` lines, found {found}")
         _note_repeated_keys(node, problems)
-        loader.flatten_mapping(node)
         values = {}
         for name, value in node.value:
             text = value.value if isinstance(value, yaml.ScalarNode) and value.tag != NULL else None
@@ -327,6 +342,8 @@ def _as_path(name: str, value: str, problems: list[str]) -> str:
         if "\0" in value:
             raise ValueError("a null character")
         path = os.path.expandvars(os.path.expanduser(value)) if name in PATH_KEYS else value
+        if name in PATH_KEYS and path.startswith(("~", "$")):  # left as it is, it would become a folder of that name
+            raise ValueError(f"a user or variable that is not there: {path}")
         if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
             raise ValueError(f"one of {len(path):,} characters")
         return path
@@ -366,6 +383,8 @@ def _check_range(name: str, value, problems: list[str]) -> None:
         return
     if at_least is not None and value < at_least:
         problems.append(f"{name}: expected at least {at_least}, found {value}")
+    if at_most is None and isinstance(value, int):
+        at_most = LARGEST
     if at_most is not None and value > at_most:
         problems.append(f"{name}: expected at most {at_most}, found {value}")
 
@@ -378,6 +397,7 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
         problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
     _check_method(values, problems)
+    _check_adapters(values, problems)
     if values.get("only_eval"):
         if not (values.get("load_model_path") or values.get("model_id")):
             problems.append("only_eval: nothing to evaluate; name a checkpoint with load_model_path")
@@ -396,6 +416,17 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
         problems.append(f"resume: {resume} leaves nothing to train, because num_epochs is {epochs}")
 
 
+def _check_adapters(values: dict, problems: list[str]) -> None:
+    if values.get("quantize") not in (None, 4, 8):
+        problems.append(f"quantize: expected 8, 4 or None, found {values['quantize']}")
+    given = [name for name in ("lora_keys", "quantize", "lora_dropout") if values.get(name)]
+    if given and not values.get("lora_rank") and not values.get("only_eval"):
+        problems.append(f"{', '.join(given)}: no effect without lora_rank")
+    if values.get("lora_dropout") and values.get("grad_checkpoint"):
+        # mlx-lm's adapters draw their dropout from MLX's random state, and the second pass would draw another.
+        problems.append("lora_dropout: not together with grad_checkpoint, which would compute wrong gradients")
+
+
 def _check_method(values: dict, problems: list[str]) -> None:
     chosen = [name for name in METHOD_KEYS if values.get(name)]
     if len(chosen) != 1:
@@ -411,8 +442,8 @@ def _check_method(values: dict, problems: list[str]) -> None:
     for name in ("tokens_per_epoch", "remove_all_from", "removal_smoothing"):
         if curriculum != "tokens" and values.get(name, FIELDS[name].default) != FIELDS[name].default:
             problems.append(f"{name}: has no effect without curriculum `tokens`")
-    if curriculum == "tokens" and 0 in (values.get("tokens_per_epoch"), values.get("removal_smoothing")):
-        problems.append("tokens_per_epoch, removal_smoothing: expected more than 0")
+    if curriculum == "tokens" and values.get("tokens_per_epoch") == 0:
+        problems.append("tokens_per_epoch: expected more than 0")
     if not find_method(chosen[0], thought, curriculum):
         known = [pair for pair in itertools.product(*words.values()) if find_method(chosen[0], *pair)]
         listed = "; ".join(f"`{thought}` with `{curriculum}`" for thought, curriculum in known)

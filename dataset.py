@@ -5,8 +5,9 @@ it shuffle, split and pad those sequences.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from coconut import Batch
 from config import Config
 from parallel.distributed import ALONE, Group
-from parallel.streams import chunk_bounds, n_streams
+from parallel.streams import chunk_bounds, n_streams, on_gpu
 from text.reader import SHOWN, Example, open_source, warn_of_marked_steps
 from text.tokenizer import Tokenizer
 from text.tokens import LAYOUTS, TokenDataset, TokenExample, tokenize, tokenize_cached
@@ -23,7 +24,11 @@ from utils import UserError, warn
 
 MOST_EXTRA_TOKENS = 100  # of iCoT's random extra removal
 EVERYTHING = 2**31 - 1  # as a number of tokens: more than any chain has
-LABELS_MULTIPLE = 64  # labeled tokens of a batch are rounded up to this, so that shapes repeat
+# Columns and labeled tokens of a batch are rounded up to multiples: (on a CPU, on a GPU). A GPU keeps compiled
+# functions, buffers and graphs for each shape: with 32 and 512 ProsQA has 11 to 22 in an epoch, not 147. A CPU would
+# only compute more padding: 56 columns of the graphs' 47.
+COLUMNS_MULTIPLE = (1, 32)
+LABELS_MULTIPLE = (1, 512)
 
 
 class TrainingSequence(NamedTuple):
@@ -139,6 +144,24 @@ class Curriculum:
             reached = (stage in scheduled) | (data.n_steps >= stage)  # a drawn stage is one of 0..number of steps
             lengths = np.maximum(lengths, np.where(reached, data.lengths_from(n_dropped) + n_latents, 0))
         return data.question_lengths + lengths + len(self._thoughts(0))
+
+    def spans(self, epochs: range, most_steps: int) -> Iterator[range]:
+        """Consecutive epochs that train alike: those of one stage, and all of the stages that no longer differ.
+
+        Where the chain goes away by tokens: those before, and those after the whole chain is gone. Bisection, because a
+        run may have millions of epochs.
+        """
+        alike = self._last_stage if self.thoughts_per_step else min(self._last_stage, most_steps)  # from it on
+
+        def likeness(epoch: int) -> int:  # it never falls
+            if self.method.drops_steps == "by token":
+                return self.step_stage(epoch, 0, 1) == self.last_removal
+            return min(self.stage(epoch), alike)
+
+        while epochs:
+            end = bisect_right(epochs, likeness(epochs[0]), key=likeness)
+            yield epochs[:end]
+            epochs = epochs[end:]
 
     @property
     def _last_stage(self) -> int:
@@ -269,10 +292,17 @@ def training_batches(
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data))
     size = config.batch_size_training * group.world_size
     stages = curriculum.training_stages(data, order, epoch, size * config.gradient_accumulation_steps)
-    for start in range(skip * size, len(order), size):
+
+    def sequences(start: int) -> list[TrainingSequence]:
         chosen = zip(order[start : start + size], stages[start : start + size], strict=True)
-        sequences = [curriculum.training(data[i], int(stage)) for i, stage in chosen]
-        yield micro_batch(sequences, group, curriculum.tokenizer.eos_id)
+        return [curriculum.training(data[i], int(stage)) for i, stage in chosen]
+
+    micro_batches, pad_id = map(sequences, range(skip * size, len(order), size)), curriculum.tokenizer.eos_id
+    if not on_gpu():
+        yield from (micro_batch(rows, group, pad_id) for rows in micro_batches)
+        return
+    while step := list(islice(micro_batches, config.gradient_accumulation_steps)):
+        yield from alike_micro_batches(step, group, pad_id)
 
 
 def count_batches(n_items: int, config: Config, group: Group = ALONE) -> int:
@@ -319,6 +349,31 @@ def micro_batch(sequences: list[TrainingSequence], group: Group, pad_id: int) ->
     ]
 
 
+def alike_micro_batches(step: list[list[TrainingSequence]], group: Group, pad_id: int) -> list[list[Chunk]]:
+    """This rank's rows of an optimizer step, rows of like length together, in as many micro-batches (for GPUs).
+
+    A sixth of all columns of ProsQA is padding less. The step is the same up to rounding, because every label keeps the
+    weight that it has in its own micro-batch.
+    """
+    own = [(row, 1 / sum(s.n_labeled for s in rows)) for rows in step for row in group.shard(rows)]
+    own.sort(key=lambda pair: (pair[0].latent_start if pair[0].n_latents else 0, len(pair[0].ids)))
+    bounds = [len(own) * k // len(step) for k in range(len(step) + 1)]
+    parts = [own[start:end] or [(step[0][0], 0.0)] for start, end in pairwise(bounds)]
+    return [[_weighted_chunk(part, pad_id)] for part in parts]
+
+
+def _weighted_chunk(rows: list[tuple[TrainingSequence, float]], pad_id: int) -> Chunk:
+    """One chunk of rows, each with the weight of one of its labels; weights of 0 count nothing."""
+    batch = collate([row for row, _ in rows], pad_id)
+    weights = np.repeat([weight for _, weight in rows], [row.n_labeled for row, _ in rows])
+    total = float(weights.sum())
+    if not total:
+        return Chunk(batch, 0.0)
+    label_mask = np.zeros_like(batch.label_mask)
+    label_mask[: len(weights)] = weights
+    return Chunk(batch._replace(label_mask=label_mask), total)
+
+
 def chunks(sequences: list[TrainingSequence], n_chunks: int, pad_id: int) -> list[Chunk]:
     """Rows in up to n_chunks batches, rows of like length together: less padding, and as much work in each."""
     ordered = sorted(sequences, key=lambda s: len(s.ids))
@@ -328,11 +383,12 @@ def chunks(sequences: list[TrainingSequence], n_chunks: int, pad_id: int) -> lis
     return [Chunk(collate(part, pad_id), sum(s.n_labeled for s in part) / n_labeled) for part in parts]
 
 
-def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int = 8) -> Batch:
-    """Pad sequences as the official MyCollator does; lengths are rounded up to `multiple` so that shapes repeat.
+def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int | None = None) -> Batch:
+    """Pad sequences as the official MyCollator does; lengths are rounded up to `multiple`, by default the device's.
 
     Rows with latents are shifted right until their first latents are in one column, others start in column 0.
     """
+    multiple = multiple or COLUMNS_MULTIPLE[on_gpu()]
     lengths = np.array([len(s.ids) for s in sequences])
     n_latents = np.array([s.n_latents for s in sequences])
     starts = np.array([s.latent_start for s in sequences])
@@ -347,7 +403,7 @@ def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int = 8) -
     input_ids[attention_mask] = np.concatenate([s.ids for s in sequences])
     labeled = attention_mask & (positions >= np.array([[s.n_unlabeled] for s in sequences]))
     labels = input_ids[labeled]
-    extra = _round_up(len(labels), LABELS_MULTIPLE) - len(labels)
+    extra = _round_up(len(labels), LABELS_MULTIPLE[on_gpu()]) - len(labels)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -26,8 +26,9 @@ if __name__ == "__main__":
     settings.own_pictures()
 from config import Config, load_config, usage
 from parallel.distributed import ALONE, FailedElsewhere, Group, join
-from parallel.streams import use_streams
+from parallel.streams import use_device, use_streams
 from training import dry_run, trainer
+from training.memory import limit_memory
 from training.setup import prepare
 from utils import RunError, Stopped, UserError, say
 
@@ -47,20 +48,25 @@ def main(arguments: list[str]) -> int:
     except FailedElsewhere as error:
         status = error.status
     except BrokenPipeError:  # `python run.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        status = signals.reader_left()
+        is_run = not {"-h", "--help", "--dry-run"} & set(arguments)
+        message = f"nobody reads stdout any more, so the run {go_on(arguments, group)}" if is_run else ""
     except OSError as error:
         is_full = error.errno == errno.ENOSPC
         hint = "; make room and run the same command again, what was saved before is intact" if is_full else ""
         status, message = 1, f"error: {error}{hint}"
     except Stopped as stopped:
-        launcher = "the same mlx.launch with " if group.world_size > 1 else ""
-        command_line = f"{launcher}python run.py {shlex.join(arguments)}"
-        status, message = 128 + stopped.signal, f"stopped. To go on: {command_line}" if group.is_main else ""
+        status, message = 128 + stopped.signal, go_on(arguments, group) if group.is_main else ""
     group.ignore_launcher()
     if message:
         print(message, file=sys.stderr, flush=True)
     return status
+
+
+def go_on(arguments: list[str], group: Group) -> str:
+    """The line that says how to resume."""
+    launcher = "the same mlx.launch with " if group.world_size > 1 else ""
+    return f"stopped. To go on: {launcher}python run.py {shlex.join(arguments)}"
 
 
 def command(arguments: list[str], group: Group) -> None:
@@ -70,7 +76,7 @@ def command(arguments: list[str], group: Group) -> None:
         say(usage())
         return
     config = read_config(words, group)
-    choose_streams(config)
+    set_up_device(config)
     if words == arguments:
         execute(config, group)
     else:
@@ -90,8 +96,13 @@ def read_config(words: list[str], group: Group) -> Config:
     return config
 
 
-def choose_streams(config: Config) -> None:
-    """Several CPU streams share a batch, unless memory is what counts (grad_checkpoint)."""
+def set_up_device(config: Config) -> None:
+    """Choose device, precision and streams: several share a batch on a CPU, but not with grad_checkpoint."""
+    if not config.tf32:
+        settings.exact_products()
+    settings.long_graphs()
+    use_device(os.environ.get("COCONUT_DEVICE"))
+    limit_memory()
     n = use_streams("1" if config.grad_checkpoint else os.environ.get("COCONUT_STREAMS"))
     if n > 1:
         settings.lift_graph_width()

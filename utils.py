@@ -52,10 +52,14 @@ def warn(text: str) -> None:
 def exit_status(action: Callable[[], int | None]) -> int:
     """The exit status of a command: what `action` returns, or that of its error, whose message is printed."""
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return signals.reader_left()
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -49,13 +49,8 @@ class Answers(NamedTuple):
 
     def accuracy(self) -> str:
         """The share of right answers with its 95 % interval."""
-        return share(int(self.correct.sum()), len(self.correct))
-
-
-def share(count: int, n: int) -> str:
-    """The share of `count` among n with its 95 % interval; empty for n = 0."""
-    low, high = wilson(count, n) if n else (0.0, 0.0)
-    return f"{count / n:.3f} ({low:.3f} to {high:.3f})" if n else ""
+        low, high = wilson(int(self.correct.sum()), len(self.correct))
+        return f"{self.correct.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
 def answer(probe: Probe, data: Data, count: int, n_thoughts: int, change: Change | None = None) -> Answers:
@@ -65,6 +60,8 @@ def answer(probe: Probe, data: Data, count: int, n_thoughts: int, change: Change
     for start in starts:
         items = np.arange(start, min(start + BATCH, count))
         prompts = [curriculum.prompt(data.tokens[i], n_thoughts) for i in items]
+        if change:  # a pause is an ordinary token; to change it, the loop has to fill its place
+            prompts = [prompt._replace(n_latents=n_thoughts) for prompt in prompts]
         batch = collate(prompts, curriculum.tokenizer.eos_id).to_mlx()
         model = Coconut(_between(probe.model.transformer, n_thoughts, items, change)) if change else probe.model
         outputs = model.generate(batch, curriculum.config.answer_limit, curriculum.tokenizer.eos_id)

@@ -1,23 +1,32 @@
 """Do the thoughts carry anything? Change them and count the answers: `python -m analysis.controls CHECKPOINT DATA`
 
-    python -m analysis.controls pretrained/graph-coconut pretrained/graph_test.json
+    python -m analysis.controls pretrained/graph-coconut pretrained/graph_test.json --mode patched
 
 Every condition answers the same items. Mode `loop` changes a thought where it is fed back, so later thoughts are
 computed from the changed ones; mode `patched` first collects the thoughts of a clean run, changes those, and feeds them
-back as they are. `permute` and `transplant` exist in the mode `patched` alone.
+back as they are. The last two lines exist in the mode `patched` alone.
 
-    none         the model's own thoughts
-    remove       no thoughts at all
-    zero         a vector of zeros in each place
-    mean         in each place its mean over the items
-    latent row   the embedding of <|latent|> in each place, as in an untrained pause
-    noise L      plus normal noise of L times the spread of the thought's own components
-    permute      the item's own thoughts in another order
-    transplant   all thoughts of another item that has another answer
+    none                 the model's own thoughts
+    remove               no thoughts at all
+    zero                 a vector of zeros in each place
+    latent row           the embedding of <|latent|> in each place, as in an untrained pause
+    mean by place, item  in each place its mean over the items, or the item's mean over its places
+    without place, item, residual    the thought less that part of its variance; residual alone: less the other two
+    random of that size  plus a random vector as long as the place's mean is from the mean of all
+    noise L              plus normal noise of L times the spread of the thought's own components
+    noise only, noise of one size    noise of the thought's own spread, or of one spread for all, without the thought
+    permute, swap        the item's own thoughts in another order (10 draws), or with two neighbors exchanged
+    transplant           all thoughts of another item that has another answer; any, one with as many steps, one without
+
+Means are over the items of DATA; --means takes them from another set (the training set). --by-place puts noise alone
+into the first, the last and each single place. --control answers the same items with a second checkpoint, such as
+pauses: what holds for pauses too says nothing about thoughts. A pause is the same vector for every item, so there the
+conditions change that vector.
 
 Prints accuracy with its 95 % interval, the exact McNemar p against `none`, and the share of items whose answer changed
-(flipped): accuracy alone hides changes. For transplant also how often the answer is the one of the item that gave the
-thoughts. Writes controls.jsonl and controls.png.
+(flipped): accuracy alone hides changes. For transplants also how often the answer is the one of the item that gave the
+thoughts. Ten orders of one item are not ten items: their interval draws items (bootstrap), and they get no p. Below the
+table: the variance of the thoughts by place, item and residual. Writes controls.jsonl and controls.png.
 """
 
 from startup import settings, signals
@@ -28,7 +37,9 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 from startup import blas  # noqa: F401  before mlx
 
@@ -36,14 +47,38 @@ import mlx.core as mx
 import numpy as np
 
 from analysis.changes import Answers, Change, answer, mcnemar, records
-from analysis.pictures import draw_bars, save_figure
-from analysis.probing import Probe, all_thoughts, analysis_parser, open_thinking, write_records
+from analysis.conditions import (
+    CONDITIONS,
+    Clean,
+    by_place,
+    draw_donors,
+    draw_orders,
+    draw_swaps,
+    exchanged,
+    in_loop,
+    on_record,
+    variance_shares,
+)
+from analysis.intervals import bootstrap
+from analysis.pictures import draw_points, save_figure
+from analysis.probing import Probe, all_thoughts, analysis_parser, open_checkpoint, open_thinking, write_records
 from dataset import Data
 from parallel.streams import use_streams
-from training.evaluation import read_answer
+from training.evaluation import read_answer, wilson
 from utils import UserError, exit_status, markdown_table, say
 
-NOISE = (0.5, 1.0, 5.0, 25.0)
+ORDERS = 10  # draws of permute
+MOST_FOR_MEANS = 2000  # items of --means
+
+
+class Measured(NamedTuple):
+    """What one model answered under every condition."""
+
+    checkpoint: str
+    found: dict[str, list[Answers]]  # one for each draw
+    donors: dict[str, np.ndarray]  # of transplants: whose thoughts each item got [n]
+    left_out: dict[str, str]  # condition -> why
+    variance: tuple[float, float, float] | None
 
 
 def main(arguments: list[str]) -> int:
@@ -55,6 +90,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = analysis_parser("analysis.controls", __doc__)
     parser.add_argument("--mode", choices=("loop", "patched"), default="loop", help="default loop")
     parser.add_argument("--seed", type=int, default=0, help="seed of noise, orders and partners (default 0)")
+    parser.add_argument("--control", help="a second checkpoint, which answers the same items")
+    parser.add_argument("--means", help=f"the set whose first {MOST_FOR_MEANS:,} items give the means by place")
+    parser.add_argument("--by-place", action="store_true", help="also noise in the first, last and single places")
     options = parser.parse_args(arguments)
     if options.seed < 0 or (options.items is not None and options.items < 2):
         raise UserError("--seed: expected 0 or more; --items: expected at least 2")
@@ -62,94 +100,177 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def control(options: argparse.Namespace) -> None:
-    """Answer all items under each condition, print the table, and write the lines and the picture."""
+    """Answer all items under each condition, print the tables, and write the lines and the picture."""
     use_streams("1")
-    probe = open_thinking(options)
-    data = probe.data(options.data)
-    count, k = min(len(data), options.items or len(data)), probe.n_thoughts
-    clean = all_thoughts(probe, [data.tokens[i] for i in range(count)], k)  # [n, K, D]
-    donors = draw_donors([read_answer(example.answer) for example in data.examples[:count]], options.seed)
-    changes = conditions(probe, clean, donors, options)
-    found = {"none": answer(probe, data, count, k), "remove": answer(probe, data, count, 0)}
-    found |= {name: answer(probe, data, count, k, change) for name, change in changes.items()}
-    say("\n".join(table(found, donors, data)))
-    settings = {name: getattr(options, name) for name in ("checkpoint", "data", "mode", "seed")}
-    settings = {"command": "controls", **settings, "items": count}
-    write_records(options.out / "controls.jsonl", settings, records(data, found, "condition"))
-    with save_figure(options.out / "controls.png", figsize=(9, 3.8)) as figure:
-        panel = figure.subplots()
-        draw_bars(panel, {name.replace(" ", "\n"): (int(a.correct.sum()), count) for name, a in found.items()}, "")
+    probes = {options.checkpoint: open_thinking(options)}
+    if options.control:
+        probes[options.control] = open_checkpoint(options.control, options.tokenizer)
+    sets = {path: probe.data(options.data) for path, probe in probes.items()}
+    count = min(min(map(len, sets.values())), options.items or sys.maxsize)
+    data = sets[options.checkpoint]
+    if any((own.indices[:count] != data.indices[:count]).any() for own in sets.values()):
+        raise UserError(f"{options.data}: the two models leave out different items, so they cannot be compared")
+    measured = [measure(path, probe, sets[path], count, options) for path, probe in probes.items()]
+    for one in measured:
+        say("\n".join(report(one, data, count)))
+    if options.control:
+        say(compare(*measured))
+    settings = {name: getattr(options, name) for name in ("checkpoint", "control", "data", "mode", "seed", "means")}
+    write_records(
+        options.out / "controls.jsonl",
+        {"command": "controls", **settings, "items": count},
+        lines(measured, data, options.mode),
+    )
+    points = {
+        one.checkpoint: {name: interval(flags(answers)) for name, answers in one.found.items()} for one in measured
+    }
+    with save_figure(options.out / "controls.png", figsize=(6.4, 1.2 + 0.24 * len(measured[0].found))) as figure:
+        draw_points(figure.subplots(), points, f"accuracy, 95 % interval ({count:,} items, mode {options.mode})")
     say(f"written: {options.out / 'controls.jsonl'}, {options.out / 'controls.png'}")
 
 
-def conditions(probe: Probe, clean: np.ndarray, donors: np.ndarray, options: argparse.Namespace) -> dict[str, Change]:
-    """The changes by name; clean [n, K, D] are the thoughts of an undisturbed run."""
-    n, n_thoughts, _ = clean.shape
-    row = probe.model.transformer.embed(mx.array([probe.curriculum.tokenizer.latent_id]))[0]  # [D]
-    means = mx.array(clean.mean(axis=0))  # [K, D]
-    changes: dict[str, Change] = {
-        "zero": lambda items, k, thought: mx.zeros_like(thought),
-        "mean": lambda items, k, thought: mx.broadcast_to(means[k], thought.shape),
-        "latent row": lambda items, k, thought: mx.broadcast_to(row, thought.shape),
-        **{f"noise {level:g}": partial(noisy, level=level, seed=options.seed) for level in NOISE},
-    }
+def measure(path: str, probe: Probe, data: Data, count: int, options: argparse.Namespace) -> Measured:
+    """The first `count` items under every condition that exists for this model."""
+    k = probe.n_thoughts
+    found = {"none": [answer(probe, data, count, k)]}
+    if not k:
+        return Measured(path, found, {}, {"all but none": "it was trained without thoughts and pauses"}, None)
+    found["remove"] = [answer(probe, data, count, 0)]
+    clean = clean_run(probe, data, count, options)
+    changes, donors, left_out = conditions(probe, clean, data, options)
+    found |= {name: [answer(probe, data, count, k, change) for change in draws] for name, draws in changes.items()}
+    return Measured(path, found, donors, left_out, variance_shares(clean.thoughts))
+
+
+def clean_run(probe: Probe, data: Data, count: int, options: argparse.Namespace) -> Clean:
+    """The thoughts of the model's own run; for a model with pauses the pause in every place."""
+    row = np.array(probe.model.transformer.embed(mx.array([probe.curriculum.tokenizer.latent_id])).astype(mx.float32))[
+        0
+    ]
+    thoughts = standing(probe, data, count, row)
+    if options.means:
+        others = probe.data(options.means)
+        by_place = standing(probe, others, min(len(others), MOST_FOR_MEANS), row).mean(axis=0)
+    else:
+        by_place = thoughts.mean(axis=0)
+    return Clean(thoughts, by_place, row, options.seed)
+
+
+def standing(probe: Probe, data: Data, count: int, row: np.ndarray) -> np.ndarray:
+    """What stands in the latent places of the first `count` items, [n, K, D]: thoughts, or the pause `row`."""
+    if is_pause(probe):
+        return np.broadcast_to(row, (count, probe.n_thoughts, len(row)))
+    return all_thoughts(probe, [data.tokens[i] for i in range(count)], probe.n_thoughts)
+
+
+def is_pause(probe: Probe) -> bool:
+    return probe.curriculum.method.thought == "pause"
+
+
+def conditions(
+    probe: Probe, clean: Clean, data: Data, options: argparse.Namespace
+) -> tuple[dict[str, list[Change]], dict[str, np.ndarray], dict[str, str]]:
+    """({name: a change for each draw}, {transplant: donors}, {condition that is left out: why})."""
+    n_thoughts = clean.thoughts.shape[1]
+    plain = CONDITIONS | (by_place(n_thoughts) if options.by_place else {})
+    # A pause takes nothing from the loop, so for pauses both modes change the same vector.
+    apply = on_record if options.mode == "patched" or is_pause(probe) else in_loop
+    changes = {name: [change] for name, change in apply(plain, clean).items()}
     if options.mode == "loop":
-        return changes
-    changes = {name: partial(patched, change=change, clean=clean) for name, change in changes.items()}
-    changes["transplant"] = partial(patched, change=None, clean=clean[donors])
-    if n_thoughts > 1:
-        orders = draw_orders(n, n_thoughts, options.seed)
-        changes["permute"] = partial(patched, change=None, clean=np.take_along_axis(clean, orders[:, :, None], axis=1))
-    return changes
+        return changes, {}, {}
+    donors, left_out = partners(data, len(clean.thoughts), options.seed)
+    changes |= {name: [exchanged(clean, clean.thoughts[chosen])] for name, chosen in donors.items()}
+    if n_thoughts == 1:
+        return changes, donors, {**left_out, "permute, swap": "there is one thought"}
+    return changes | reordered(clean), donors, left_out
 
 
-def noisy(items: np.ndarray, k: int, thought: mx.array, level: float, seed: int) -> mx.array:
-    """Each thought plus normal noise of `level` times the standard deviation of its own components.
-
-    The noise is a function of seed, item and place, not of the batch.
-    """
-    draws = [np.random.default_rng((seed, item, k)).standard_normal(thought.shape[1]) for item in items.tolist()]
-    spread = mx.sqrt(mx.var(thought, axis=1, keepdims=True))  # [B, 1]
-    return thought + level * spread * mx.array(np.array(draws, dtype=np.float32))
-
-
-def patched(items: np.ndarray, k: int, thought: mx.array, change: Change | None, clean: np.ndarray) -> mx.array:
-    """The recorded thought, changed, in the place of the one that the loop has computed."""
-    recorded = mx.array(clean[items, k])  # [B, D]
-    return change(items, k, recorded) if change else recorded
+def reordered(clean: Clean) -> dict[str, list[Change]]:
+    """permute and swap; two thoughts have only one other order."""
+    n, n_thoughts, _ = clean.thoughts.shape
+    orders = [draw_orders(n, n_thoughts, (clean.seed, 1, i)) for i in range(ORDERS if n_thoughts > 2 else 1)]
+    take = partial(np.take_along_axis, clean.thoughts, axis=1)
+    swaps = draw_swaps(n, n_thoughts, (clean.seed, 3))
+    return {
+        "permute": [exchanged(clean, take(indices=order[:, :, None])) for order in orders],
+        "swap": [exchanged(clean, take(indices=swaps[:, :, None]))],
+    }
 
 
-def draw_orders(n: int, n_thoughts: int, seed: int) -> np.ndarray:
-    """For each item another order of its thoughts [n, K], never the order that they had."""
-    rng = np.random.default_rng((seed, 1))
-    orders = np.array([rng.permutation(n_thoughts) for _ in range(n)])
-    same = (orders == np.arange(n_thoughts)).all(axis=1)
-    orders[same] = np.roll(np.arange(n_thoughts), 1)
-    return orders
+def partners(data: Data, count: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({transplant: donors [n]}, {transplant that is left out: why})."""
+    answers = [read_answer(example.answer) for example in data.examples[:count]]
+    same = data.tokens.n_steps[:count, None] == data.tokens.n_steps[None, :count]
+    kinds = {"transplant": same | ~same, "transplant, same steps": same, "transplant, other steps": ~same}
+    donors, left_out = {}, {}
+    for number, (name, allowed) in enumerate(kinds.items()):
+        chosen = draw_donors(answers, allowed, (seed, 2, number))
+        if chosen is None:
+            left_out[name] = "an item has no such partner with another answer"
+        else:
+            donors[name] = chosen
+    return donors, left_out
 
 
-def draw_donors(answers: list[str], seed: int) -> np.ndarray:
-    """For each item another one with another answer [n]. Raises UserError where all answers are the same."""
-    rng, numbers = np.random.default_rng((seed, 2)), np.arange(len(answers))
-    others = [numbers[[other != answer for other in answers]] for answer in answers]
-    if not all(map(len, others)):
-        raise UserError("transplant: all items have the same answer, so no thoughts can be exchanged")
-    return np.array([rng.choice(candidates) for candidates in others])
+def flags(draws: list[Answers]) -> np.ndarray:
+    """[draws, n] bool: which answers were right."""
+    return np.stack([one.correct for one in draws])
 
 
-def table(found: dict[str, Answers], donors: np.ndarray, data: Data) -> list[str]:
-    """A Markdown row for each condition."""
-    rows, clean = [], found["none"]
-    theirs = [read_answer(data.examples[donor].answer) for donor in donors]
-    for name, a in found.items():
-        flipped = np.mean([one != other for one, other in zip(a.answers, clean.answers, strict=True)])
-        p = "" if name == "none" else f"{mcnemar(a.correct, clean.correct):.3g}"
-        taken = np.mean([one == other for one, other in zip(a.answers, theirs, strict=True)])
-        donor = f"{taken:.3f}" if name == "transplant" else ""
-        rows.append([name, a.accuracy(), str(len(a.correct)), p, f"{flipped:.3f}", donor])
-    return markdown_table(
-        ["thoughts", "accuracy (95 % interval)", "items", "p against none", "flipped", "donor's"], rows
-    )
+def interval(hits: np.ndarray) -> tuple[float, float, float]:
+    """(share, low, high) of hits [draws, n]: Wilson; for several draws of the same items the bootstrap over items."""
+    if len(hits) > 1 and hits.any() and not hits.all():
+        return bootstrap(hits.sum(axis=0), np.full(hits.shape[1], len(hits)))
+    return (float(hits.mean()), *wilson(int(hits[0].sum()), hits.shape[1]))  # draws that all agree are one draw
+
+
+def _shown(hits: np.ndarray) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(hits))
+
+
+def report(one: Measured, data: Data, count: int) -> list[str]:
+    """A model's table with a Markdown row for each condition, what was left out, and the variance of its thoughts."""
+    clean = one.found["none"][0]
+    rows = [[name, *row(draws, clean, _answers_of(one.donors.get(name), data))] for name, draws in one.found.items()]
+    rows[0][3] = ""
+    head = ["thoughts", "accuracy (95 % interval)", "items", "p against none", "flipped", "donor's"]
+    below = [f"left out: {name}, because {why}" for name, why in one.left_out.items()]
+    if one.variance:
+        below.append("variance of the thoughts: place {:.1f} %, item {:.1f} %, residual {:.1f} %".format(*one.variance))
+    return ["", f"{one.checkpoint}, {count:,} items", "", *markdown_table(head, rows), *below]
+
+
+def _answers_of(donors: np.ndarray | None, data: Data) -> list[str] | None:
+    return None if donors is None else [read_answer(data.examples[donor].answer) for donor in donors]
+
+
+def row(draws: list[Answers], clean: Answers, theirs: list[str] | None) -> list[str]:
+    """Accuracy, items, p, flipped, and for a transplant the share of the donors' answers `theirs`."""
+    flipped = np.array([[a != b for a, b in zip(one.answers, clean.answers, strict=True)] for one in draws])
+    items = str(flipped.shape[1]) + (f" x {len(draws)}" if len(draws) > 1 else "")
+    p = f"{mcnemar(draws[0].correct, clean.correct):.3g}" if len(draws) == 1 else ""
+    taken = [[a == b for a, b in zip(one.answers, theirs, strict=True)] for one in draws] if theirs else None
+    return [_shown(flags(draws)), items, p, _shown(flipped), _shown(np.array(taken)) if taken else ""]
+
+
+def compare(one: Measured, other: Measured) -> str:
+    """The two models on the same items, each with its own thoughts."""
+    p = mcnemar(one.found["none"][0].correct, other.found["none"][0].correct)
+    return f"\n{one.checkpoint} against {other.checkpoint}, each with its own thoughts: p {p:.3g}"
+
+
+def lines(measured: list[Measured], data: Data, mode: str) -> Iterator[dict]:
+    """A line of controls.jsonl for each model, condition, draw and item."""
+    for one in measured:
+        for name, draws in one.found.items():
+            for number, answers in enumerate(draws, 1):
+                for line in records(data, {name: answers}, "condition"):
+                    yield {
+                        "checkpoint": one.checkpoint,
+                        "mode": mode,
+                        **line,
+                        **({"draw": number} if len(draws) > 1 else {}),
+                    }
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ class Graph(NamedTuple):
                     queue.append(child)
         return found
 
+    def walk_ends(self, length: int) -> list[set[str]]:
+        """The ends of all walks from the root of exactly 0, 1, ... `length` edges."""
+        ends = [{self.root}]
+        for _ in range(length):
+            ends.append({child for parent, child in self.edges if parent in ends[-1]})
+        return ends
+
     def distances_to_target(self) -> dict[str, int]:
         """Edges to the target from each node that leads to it."""
         return Graph([(child, parent) for parent, child in self.edges], self.target, self.root).distances(self.target)

@@ -67,6 +67,66 @@ def draw_stacks(panel, stacks: dict[str, dict[str, int]], label: str) -> None:
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False, fontsize=9)
 
 
+def draw_shares(panel, curves: dict[str, np.ndarray]) -> None:
+    """Areas below sorted curves [n], over percentiles; the last curve is the highest."""
+    for (name, values), color in zip(reversed(curves.items()), LINES, strict=False):
+        panel.fill_between(np.linspace(0, 1, len(values)), values, label=name, color=color, linewidth=0)
+    panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="percentile of the items", ylabel="value")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def draw_points(panel, points: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:
+    """Shares with their intervals, one below the other: {series: {name: (share, low, high)}}.
+
+    The first series has all names.
+    """
+    names = list(next(iter(points.values())))
+    for number, ((series, values), color, marker) in enumerate(
+        zip(points.items(), cycle(LINES), cycle(MARKERS), strict=False)
+    ):
+        rows = [names.index(name) + 0.3 * number for name in values]
+        middle, low, high = np.array(list(values.values())).T
+        errors = np.clip([middle - low, high - middle], 0, None)
+        style = {"color": color, "marker": marker, "markersize": 4, "linestyle": "none", "capsize": 2}
+        panel.errorbar(middle, rows, xerr=errors, label=series, clip_on=False, **style)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xlim=(0, 1), xlabel=label)
+    panel.grid(color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    if len(points) > 1:
+        panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+def draw_cells(panel, values: np.ndarray, texts: list[list[str]], rows: list[str], columns: list[str]) -> None:
+    """A cell for each of values [rows, columns], shaded by it (from 0), with a text in it and names at the sides."""
+    panel.imshow(values, cmap=COLORS, vmin=0, vmax=max(float(np.max(values)), 1e-9), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = value > 0.6 * np.max(values)
+        text = texts[row][column].replace("$", r"\$")  # else matplotlib reads a formula
+        panel.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    panel.set_xticks(range(len(columns)), [name.replace("$", r"\$") for name in columns], fontsize=8)
+    panel.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in rows], fontsize=8)
+    panel.tick_params(length=0)
+
+
+def draw_lines(panel, lines: dict[str, dict[int, np.ndarray]], label: str) -> None:
+    """A line by thought for each {name: {thought: [low, middle, high]}}, with bars from low to high."""
+    for number, ((name, points), color, marker) in enumerate(
+        zip(lines.items(), cycle(LINES), cycle(MARKERS), strict=False)
+    ):
+        x = np.array(list(points)) + 0.02 * (number - (len(lines) - 1) / 2)  # bars stand side by side
+        low, middle, high = np.array(list(points.values())).T
+        errors = np.clip([middle - low, high - middle], 0, None)
+        panel.errorbar(x, middle, errors, label=name, color=color, marker=marker, markersize=5, capsize=3)
+    panel.set_xticks(sorted({thought for points in lines.values() for thought in points}))
+    panel.set(xlabel="thought", ylabel=label)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def draw_heat_map(panel, products: dict[int, dict[int, list[float]]], frontiers: dict[int, int]) -> None:
     """Mean product by thought (rows) and distance from the root (columns); a frame marks each thought's frontier.
 

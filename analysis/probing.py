@@ -1,6 +1,8 @@
 """Open a trained model and read its thoughts. Shapes: B prompts, K thoughts of each, D = width of the model."""
 
 import argparse
+import re
+from bisect import bisect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,17 +10,20 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from coconut import Coconut
+from coconut import Batch, Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, collate
-from models.loading import find_source, load_gpt2
-from text.tokenizer import load_tokenizer
-from text.tokens import TokenExample
+from models.loading import find_tokenizer, load_model
+from models.source import find_source
+from startup import settings
+from text.reader import Example
+from text.tokens import TokenExample, encode_example
 from training import resume
-from training.checkpoint import read_metadata
+from training.checkpoint import read_metadata, versions
 from utils import Progress, UserError, command_parser, warn, write_json_lines
 
 BATCH = 100  # prompts at a time
+FACT_END = re.compile(r"(?<=;)|(?<=[.?!])(?=\s+\S)")  # of the graph's edges, and of sentences
 
 
 class Probe(NamedTuple):
@@ -43,6 +48,7 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
     tokenizer: the vocabulary, where the recorded one has moved. Raises UserError for anything else than a checkpoint of
     this code: other weights do not say how many thoughts they were trained with.
     """
+    settings.exact_products()
     folder = Path(path)
     if folder.is_dir() and resume.holds_training(folder):
         folder = resume.best_checkpoint(folder)
@@ -56,9 +62,9 @@ def open_checkpoint(path: str, tokenizer: str | None = None) -> Probe:
     keys = {"load_model_path": str(folder), "tokenizer": tokenizer or _vocabulary(recorded["tokenizer"], folder)}
     config = Config(**{**recorded, **keys, "only_eval": True, "resume": metadata["epoch"] - 1, "debug": False})
     source = find_source(config, folder)
-    words = load_tokenizer(config.tokenizer, source.folder)
+    words = find_tokenizer(source, config)
     resume.check_tokenizer(folder, words)
-    return Probe(Coconut(load_gpt2(source, config, words)).eval(), Curriculum(config, words))
+    return Probe(Coconut(load_model(source, config, words)).eval(), Curriculum(config, words))
 
 
 def _vocabulary(recorded: str | None, folder: Path) -> str | None:
@@ -89,9 +95,9 @@ def open_thinking(options: argparse.Namespace) -> Probe:
 
 
 def write_records(path: Path, settings: dict, records: Iterable[dict]) -> None:
-    """Write JSON Lines: what the command was told, then one line for each record."""
+    """Write JSON Lines: what the command was told and with which versions, then one line for each record."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_lines(path, [settings, *records])
+    write_json_lines(path, [{**settings, "versions": versions()}, *records])
 
 
 def require_thoughts(probe: Probe, path: str) -> None:
@@ -125,13 +131,32 @@ def all_thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) ->
     return np.concatenate([thoughts(probe, examples[start : start + BATCH], n_thoughts) for start in starts])
 
 
+def prompt_batch(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> Batch:
+    """The questions with exactly n_thoughts thoughts each."""
+    prompts = [probe.curriculum.prompt(example, n_thoughts) for example in examples]
+    return collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
+
+
+def facts(probe: Probe, example: TokenExample) -> list[tuple[str, list[int]]]:
+    """The facts of a question, each with the places of its tokens: sentences, or edges that end in a semicolon.
+
+    A token belongs to the fact in which it begins. A question without any of these marks is one fact.
+    """
+    decode, ids = probe.curriculum.tokenizer.decode, example.question.tolist()
+    texts = [text for text in FACT_END.split(decode(ids)) if text]
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    places: list[list[int]] = [[] for _ in texts]
+    for place in range(len(ids)):
+        places[bisect(ends, len(decode(ids[:place])))].append(place)
+    return [(text, own) for text, own in zip(texts, places, strict=True) if own]
+
+
 def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:
     """The thoughts of one batch of questions, [B, K, D] float32.
 
     Thought k (from 0) is the hidden state in the column before latent k: the one that is fed back.
     """
-    prompts = [probe.curriculum.prompt(example, n_thoughts) for example in examples]
-    batch = collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
+    batch = prompt_batch(probe, examples, n_thoughts)
     hidden, _ = probe.model.think(batch)  # [B, T, D]
     first = batch.first_latent - 1
     return np.array(hidden[:, first : first + n_thoughts].astype(mx.float32))
@@ -140,3 +165,17 @@ def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.
 def logits(probe: Probe, states: np.ndarray) -> np.ndarray:
     """The inner product of states [..., D] with every token's embedding, [..., vocabulary]: the tied output layer."""
     return np.array(probe.model.transformer.logits(mx.array(states)).astype(mx.float32))
+
+
+def tokenize_question(probe: Probe, question: str) -> TokenExample:
+    """A question without steps and answer, in the layout that the model was trained with."""
+    ids = encode_example(Example(question, [], ""), probe.curriculum.tokenizer, probe.curriculum.config.layout)[0]
+    return TokenExample(np.array(ids, dtype=np.int32), [], np.array([], dtype=np.int32))
+
+
+def likeliest(probe: Probe, row: np.ndarray, count: int) -> list[tuple[str, float]]:
+    """The `count` likeliest tokens of a decoded thought with their probabilities; row [vocabulary] has its logits."""
+    shares = np.exp(row - row.max())
+    shares /= shares.sum()
+    best = np.argsort(-row, kind="stable")[:count]
+    return [(probe.curriculum.tokenizer.spell(int(i)), float(shares[i])) for i in best]

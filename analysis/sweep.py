@@ -29,9 +29,10 @@ from startup import blas  # noqa: F401  before mlx
 
 import numpy as np
 
-from analysis.changes import Answers, answer, mcnemar, records, share
+from analysis.changes import Answers, answer, mcnemar, records
 from analysis.classes import CLASSES, Verdict, find_form, judge
 from analysis.graphs import find_graphs
+from analysis.intervals import share
 from analysis.pictures import draw_bars, draw_stacks, save_figure
 from analysis.probing import (
     Probe,

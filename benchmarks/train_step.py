@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                             # GPT-2 124M, ProsQA's lengths, 1 thread
     python benchmarks/train_step.py --preset gsm --batch 16 --peer
+    python benchmarks/train_step.py @benchmarks/graph.args --peer  # the model and the lengths of args/graph_*.yaml
     python benchmarks/train_step.py --sweep latents             # also: batch, length; values: latents=0,6
 
 A step is forward, backward and AdamW with dropout, as in run.py, on random weights and tokens. Prints one JSON line to
@@ -40,10 +41,10 @@ def serve_ours(options: argparse.Namespace) -> None:
     from parallel.distributed import ALONE
     from training.step import TrainStep, new_optimizer
 
-    ours.start_streams(1 if options.grad_checkpoint else options.threads)
+    ours.start_streams(1 if options.grad_checkpoint else options.threads, options.precision)
     model = ours.new_model(options)
     model.transformer.grad_checkpoint = options.grad_checkpoint
-    config = Config(save_path="", name="", val_path="", coconut=True)
+    config = Config(save_path="", name="", val_path="", coconut=True, bf16=options.precision == "bf16")
     optimizer = new_optimizer(model, config)
     rows = workload.rows(options)
     flops = workload.required_flops(options, rows)
@@ -68,10 +69,16 @@ def serve_peer(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    model = peer.new_model(options.vocabulary, options.layers, options.width, options.heads)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
-    batch = peer.collate(workload.rows(options), pad_id=0)
-    workload.serve(lambda: {"loss": peer.train_step(model, optimizer, batch)}, lambda: {"torch": torch.__version__})
+    sizes = options.vocabulary, options.layers, options.width, options.heads, options.inner
+    model = peer.new_model(*sizes, options.dropout)
+    optimizer, batch = peer.new_optimizer(model), peer.collate(workload.rows(options), pad_id=0)
+    loss = peer.lean_loss if options.worker == "lean_peer" else peer.loss
+
+    def run() -> dict:
+        with peer.precision(options.precision):
+            return {"loss": peer.train_step(model, optimizer, batch, loss)}
+
+    workload.serve(run, lambda: {"torch": torch.__version__})
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
@@ -84,6 +91,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
         "batch": options.batch,
         "tokens": workload.count_tokens(rows),
         "latents": rows[0].n_latents,
+        "precision": options.precision,
         "seconds": round(ours.median(), 4),
         "cpu_seconds": round(ours.median("cpu_seconds"), 4),
         "tokens_per_second": round(workload.count_tokens(rows) / ours.median(), 2),
@@ -101,7 +109,9 @@ def main() -> None:
     parser.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--sweep", help="latents, batch or length, with =VALUES for values of your own")
     defaults = {"latents": [0, 1, 2, 4, 6, 8], "batch": [1, 2, 4, 8], "length": [57, 120, 240, 360]}
-    workload.command("train_step", parser, {"ours": serve_ours, "peer": serve_peer}, measure, defaults)
+    workload.command(
+        "train_step", parser, {"ours": serve_ours, "peer": serve_peer, "lean_peer": serve_peer}, measure, defaults
+    )
 
 
 if __name__ == "__main__":

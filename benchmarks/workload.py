@@ -40,12 +40,15 @@ class Preset(NamedTuple):
     rest: int
 
 
-PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30)}
+PEERS = ("peer", "lean_peer")
+PRESETS = {"prosqa": Preset(360, 6, 50), "gsm": Preset(57, 6, 30), "graph": Preset(40, 3, 3)}
 
 
 def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentParser:
     """Make a parser with the options that all benchmarks have: the sizes of batch and model."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
     made.add_argument("--preset", choices=PRESETS, default=preset, help="lengths (default: %(default)s)")
     made.add_argument("--batch", type=int, default=batch, help="examples in a batch (default: %(default)s)")
     made.add_argument(
@@ -55,6 +58,8 @@ def base_parser(description: str, preset: str, batch: int) -> argparse.ArgumentP
     made.add_argument("--runs", type=int, default=5, help="measured runs of each side, after a warm-up (default: 5)")
     for name, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocabulary", 50_260)):
         made.add_argument(f"--{name}", type=int, default=default, help="of the model (default: GPT-2 124M's)")
+    made.add_argument("--inner", type=int, help="width between the feed-forward layers (default: 4 times --width)")
+    made.add_argument("--dropout", type=float, default=0.1, help="all three rates (default: 0.1)")
     return made
 
 
@@ -62,9 +67,13 @@ def parser(description: str, batch: int) -> argparse.ArgumentParser:
     """Make a parser with the options of train_step.py and generate.py."""
     made = base_parser(description, "prosqa", batch)
     made.add_argument("--threads", type=int, default=1, help="our CPU streams, PyTorch's threads (default: 1)")
-    made.add_argument("--peer", action="store_true", help="compare with PyTorch and transformers (peer.py)")
+    made.add_argument("--peer", action="store_true", help="compare with the official algorithm in PyTorch (peer.py)")
+    made.add_argument("--lean-peer", action="store_true", help="compare with the best of PyTorch (peer.py)")
+    made.add_argument(
+        "--precision", choices=("float32", "tf32", "bf16"), default="float32", help="of products on a GPU, on all sides"
+    )
     made.add_argument("--own-blas", action="store_true", help="compare with the BLAS of MLX's wheel (COCONUT_BLAS=off)")
-    made.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    made.add_argument("--worker", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     return made
 
 
@@ -125,9 +134,9 @@ class Worker:
 
     def __init__(self, side: str, script: str, arguments: list[str], threads: int, **environment: str):
         self.name, self.runs, self.facts = side, [], {}
-        library_threads = {"OMP_NUM_THREADS": str(threads)} if side == "peer" else {"OPENBLAS_NUM_THREADS": "1"}
+        library_threads = {"OMP_NUM_THREADS": str(threads)} if side in PEERS else {"OPENBLAS_NUM_THREADS": "1"}
         environment = os.environ | library_threads | environment
-        command = [sys.executable, script, *arguments, "--worker", "peer" if side == "peer" else "ours"]
+        command = [sys.executable, script, *arguments, "--worker", side if side in PEERS else "ours"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
 
@@ -167,8 +176,7 @@ class Worker:
 def compare(options: argparse.Namespace, script: str, arguments: list[str]) -> list[Worker]:
     """Measure our side and those it is compared with in turn; returns the workers, ours first."""
     workers = [Worker("ours", script, arguments, options.threads)]
-    if options.peer:
-        workers.append(Worker("peer", script, arguments, options.threads))
+    workers += [Worker(peer, script, arguments, options.threads) for peer in PEERS if getattr(options, peer)]
     if options.own_blas:
         workers.append(Worker("own_blas", script, arguments, options.threads, COCONUT_BLAS="off"))
     for worker in workers:

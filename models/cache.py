@@ -8,7 +8,7 @@ The cache is functional: arrays are replaced and never written to, so gradients 
 
 import mlx.core as mx
 
-State = tuple[mx.array, mx.array] | None  # keys and values, each [B, H, S, Dh]; None before the first pass
+State = tuple[mx.array, ...] | None  # keys and values, each [B, H, S, Dh]; None before the first pass
 
 
 class Columns:
@@ -52,16 +52,26 @@ class LayerCache:
         return self.n_columns - self.columns.padding
 
     def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
-        """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to padding.
+        """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to other padding.
 
-        Always an array, also where return_array is False, because only an array can hold padding. Raises ValueError for
-        a sliding window, which GPT-2 does not use.
+        Among several new columns each sees itself, padding too: a softmax over nothing can be NaN on a GPU, and NaN in
+        a padding column spoils every column of the next layer, because 0 * NaN is NaN.
+
+        Always an array, also where return_array is False, because only an array can hold padding. window_size: the
+        most positions, its own included, that a column sees.
         """
-        if window_size is not None:
-            raise ValueError(f"window_size {window_size}: this cache has no sliding windows")
         end = self.n_columns + n_new
         queries, keys = mx.arange(self.n_columns, end), mx.arange(end)
-        return (queries[:, None] >= keys)[None, None] & self.columns.attention_mask[:, None, None, :end]
+        tokens = self.columns.attention_mask[:, :end]  # [B, end]
+        mask = (queries[:, None] >= keys)[None, None] & tokens[:, None, None]
+        if n_new > 1:
+            mask = mask | (queries[:, None] == keys)
+        if window_size is None:
+            return mask
+        # Positions, not columns: padding may lie between a prompt and its answer.
+        positions = mx.cumsum(tokens.astype(mx.int32), axis=1)  # [B, end]
+        near = positions[:, self.n_columns :, None] < positions[:, None] + window_size  # [B, n_new, end]
+        return mask & near[:, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append a pass's keys and values [B, H, T, Dh]; returns those of all columns [B, H, S + T, Dh]."""
@@ -77,7 +87,58 @@ class LayerCache:
             self.state = self.state[0][rows], self.state[1][rows]
 
 
-def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
+class BufferedCache(LayerCache):
+    """For evaluation on a GPU: columns are written into buffers with room for more, and not copied for each token.
+
+    The state is (keys, values), each [B, H, n_columns and some more, Dh].
+    """
+
+    ROOM = 64  # columns that a buffer is larger than needed when it is made
+
+    def __init__(self, columns: Columns, state: State = None):
+        super().__init__(columns, state)
+        self._n_columns = 0
+
+    @property
+    def n_columns(self) -> int:
+        return self._n_columns
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        start, end = self._n_columns, self._n_columns + keys.shape[2]
+        if self.state is None or end > self.state[0].shape[2]:
+            self.state = tuple(
+                self._with_room(part, old) for part, old in zip((keys, values), self.state or (None,) * 2, strict=True)
+            )
+        for buffer, part in zip(self.state, (keys, values), strict=True):
+            buffer[:, :, start:end] = part
+        self._n_columns = end
+        return self.state[0][:, :, :end], self.state[1][:, :, :end]
+
+    def _with_room(self, part: mx.array, old: mx.array | None) -> mx.array:
+        """A buffer for the columns in `old` and those of `part`, which are not written yet."""
+        B, H, T, Dh = part.shape
+        room = mx.zeros((B, H, T + self.ROOM, Dh), dtype=part.dtype)
+        return room if old is None else mx.concatenate([old[:, :, : self._n_columns], room], axis=2)
+
+
+class PiecewiseCache(LayerCache):
+    """For training on a GPU: the columns of the first pass are apart from later ones and never copied.
+
+    The state is a tuple of one or two pieces [2, B, H, S, Dh], keys and values of the first pass and of the later ones.
+    """
+
+    @property
+    def n_columns(self) -> int:
+        return sum(piece.shape[-2] for piece in self.state or ())
+
+    def extend(self, piece: mx.array) -> tuple[mx.array, ...]:
+        """Append a pass's keys and values [2, B, H, T, Dh]; returns the pieces."""
+        first, later = (self.state or ())[:1], (self.state or ())[1:]
+        self.state = (*first, mx.concatenate([*later, piece], axis=3) if later else piece)
+        return self.state
+
+
+def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array, kind=LayerCache) -> list[LayerCache]:
     """An empty cache for each layer, before the first column; attention_mask [B, S] bool, left_padding [B] int."""
     columns = Columns(attention_mask, left_padding)
-    return [LayerCache(columns) for _ in range(n_layers)]
+    return [kind(columns) for _ in range(n_layers)]

@@ -7,6 +7,7 @@ D = n_embd, H = n_head, Dh = D / H.
 
 import dataclasses
 import difflib
+import json
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,20 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
+from mlx.utils import tree_flatten
 
-from models.cache import LayerCache, make_cache
-from models.ops import Dropout, attention, gelu_new, random_keys
+from models.cache import BufferedCache, LayerCache, PiecewiseCache, make_cache
+from models.ops import (
+    Dropout,
+    attention,
+    attention_in_pieces,
+    dropout_mask,
+    gelu_new,
+    linear,
+    linear_in_turn,
+    random_keys,
+)
+from parallel.streams import on_gpu
 
 # Of config.json. Other names of Hugging Face (transformers.GPT2Config.attribute_map, and n_ctx of older files).
 ALIASES = {
@@ -43,7 +55,7 @@ LARGEST = {  # a typing error is refused before it fills the memory; GPT-2 XL ha
     "vocab_size": 10**7, "n_positions": 10**7, "n_embd": 10**6, "n_layer": 10**4, "n_head": 10**6, "n_inner": 10**7,
 }  # fmt: skip
 
-Keys = list[mx.array | None]  # random keys of a block's three dropouts; None where nothing is dropped
+Keys = list[mx.array | None]  # keys, or masks, of a block's three dropouts; None where nothing is dropped
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,12 @@ class Conv1D(nn.Module):
         self.bias = mx.zeros((n_out,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.addmm(self.bias, x, self.weight)
+        """x [..., in] -> [..., out] in the weight's type. The bias is float32, and its gradient a float32 sum."""
+        if on_gpu() and self.training:
+            parts = linear_in_turn(x.astype(self.weight.dtype), self.weight, self.bias)
+            self.weight, self.bias = parts[1:]
+            return parts[0]
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -171,12 +188,22 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
         """x [B, T, D], mask bool [B, 1, T, S] -> [B, T, D]; the cache grows by T columns."""
         B, T, D = x.shape
-        parts = mx.split(self.c_attn(x), 3, axis=-1)  # q, k, v: [B, T, D] each
-        q, k, v = (part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3) for part in parts)  # [B, H, T, Dh]
-        k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
-        out = attention(q, k, v, mask, self.attn_dropout, keys[0])  # [B, H, T, Dh]
+        run = self._run_in_pieces if isinstance(cache, PiecewiseCache) else self._run
+        out = run(self.c_attn(x), mask, cache, keys[0])  # [B, H, T, Dh]
         out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
         return self.resid_dropout(self.c_proj(out), keys[1])
+
+    def _run(self, qkv: mx.array, mask: mx.array, cache: LayerCache, key: mx.array | None) -> mx.array:
+        parts = mx.split(qkv, 3, axis=-1)  # q, k, v: [B, T, D] each
+        q, k, v = (part.reshape(*part.shape[:2], self.n_head, -1).transpose(0, 2, 1, 3) for part in parts)
+        k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
+        return attention(q, k, v, mask, self.attn_dropout, key)
+
+    def _run_in_pieces(self, qkv: mx.array, mask: mx.array, cache: PiecewiseCache, key: mx.array | None) -> mx.array:
+        B, T, _ = qkv.shape
+        q, kv = mx.split(qkv.reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4), [1])  # [1 or 2, B, H, T, Dh]
+        out, cache.state = attention_in_pieces(q.squeeze(0), cache.extend(kv), mask, self.attn_dropout, key)
+        return out
 
 
 class MLP(nn.Module):
@@ -228,7 +255,8 @@ class GPT2(nn.Module):
 
     def make_cache(self, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
         """An empty cache for each block; attention_mask [B, S] bool of all columns to come, left_padding [B] int."""
-        return make_cache(len(self.h), attention_mask, left_padding)
+        on_this = (PiecewiseCache if self.training else BufferedCache) if on_gpu() else LayerCache
+        return make_cache(len(self.h), attention_mask, left_padding, on_this)
 
     def __call__(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
         """Run one pass behind the columns of the cache, which grows by T.
@@ -242,15 +270,51 @@ class GPT2(nn.Module):
         n_keys = 1 + 3 * len(self.h)
         keys = random_keys(n_keys) if self.training else [None] * n_keys
         x = self.drop(embeddings + self.wpe(positions), keys.pop())
+        if self.training and T == 1 and on_gpu():
+            keys = self._masks_at_once(keys, mask.shape)
         recompute = self.grad_checkpoint and self.training
         for i, (block, layer_cache) in enumerate(zip(self.h, cache, strict=True)):
             run = partial(_run_and_recompute, block) if recompute else block
             x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
 
+    @property
+    def head(self) -> nn.Module:
+        """The module that holds the output layer's parameters."""
+        return self.wte
+
+    @staticmethod
+    def keeps_float32(name: str) -> bool:
+        """Whether a parameter stays float32 where products are computed in bfloat16: all but the blocks' matrices.
+
+        MLX adds bfloat16 numbers in bfloat16 on a GPU, and such a sum stops growing at 256 times its terms. The
+        gradients of biases, layer norms and embeddings are sums over all tokens.
+        """
+        return not name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+
     def logits(self, hidden: mx.array) -> mx.array:
         """The product with the tied embedding: [..., D] -> [..., vocabulary]."""
         return self.wte.as_linear(hidden)
+
+    def saved_tensors(self) -> dict[str, dict[str, mx.array]]:
+        """{file name: its tensors}, under Hugging Face's names."""
+        tensors = dict(tree_flatten({"transformer": self.parameters()}))
+        return {"model.safetensors": tensors}
+
+    def saved_texts(self, end_of_text: int) -> dict[str, str]:
+        """{file name: its text}."""
+        return {"config.json": json.dumps(self.config.to_dict(end_of_text), indent=1)}
+
+    def _masks_at_once(self, keys: Keys, shape: tuple[int, ...]) -> Keys:
+        """All masks that the blocks' dropouts need in one pass, of which `shape` is [B, 1, T, S], in place of keys.
+
+        Passes of one column cost a GPU what their number of kernels costs: this is 4, not 72 and more.
+        """
+        (B, _, T, S), n, config = shape, len(self.h), self.config
+        weights = mx.split(dropout_mask(keys[0], (n, B, config.n_head, T, S), config.attn_pdrop), n)
+        residual = mx.split(dropout_mask(keys[1], (2 * n, B, T, config.n_embd), config.resid_pdrop), 2 * n)
+        triples = zip(weights, residual[:n], residual[n:], strict=True)
+        return [mask.squeeze(0) for triple in triples for mask in triple]
 
     def _initialize(self) -> None:
         """Normal weights of initializer_range; those that end a residual branch are smaller by sqrt(2 n_layer)."""
@@ -273,8 +337,10 @@ def _run_and_recompute(block: Block, x: mx.array, mask: mx.array, cache: LayerCa
     """
 
     def run(x, mask, state, keys):
-        own = LayerCache(cache.columns, state)
+        own = type(cache)(cache.columns, state)
         return block(x, mask, own, keys), own.state
 
+    own = block.parameters()
     x, cache.state = checkpoint(block, run)(x, mask, cache.state, keys)
+    block.update(own)  # not those of linear_in_turn, which would keep the activations
     return x

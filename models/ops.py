@@ -57,8 +57,35 @@ def _row_sums(x: mx.array) -> mx.array:
 
 
 def gelu_new(x: mx.array) -> mx.array:
-    """GPT-2's tanh approximation of GELU, element by element."""
-    return nn.gelu_approx(x) if on_gpu() else _gelu_and_gate(x)[0]
+    """GPT-2's tanh approximation of GELU, element by element, computed in float32."""
+    return _gelu(x) if on_gpu() else _gelu_and_gate(x)[0]
+
+
+@mx.custom_function
+def _gelu(x: mx.array) -> mx.array:
+    # For GPUs: the backward pass computes the gate again, so x is the only array that is kept.
+    wide = x.astype(mx.float32)
+    return (wide * _gelu_gate(wide)).astype(x.dtype)
+
+
+@_gelu.vjp
+def _wide_gelu_vjp(x, cotangent, out):
+    wide = _again([x], cotangent)[0].astype(mx.float32)
+    return (cotangent.astype(mx.float32) * _gelu_slope(wide, _gelu_gate(wide))).astype(x.dtype)
+
+
+def _again(arrays, cotangent: mx.array):
+    """The arrays, where a backward pass computes something again: mx.compile would find it equal and keep the first."""
+    return mx.depends(list(arrays), [cotangent])
+
+
+def _gelu_gate(x: mx.array) -> mx.array:
+    return mx.sigmoid(x * (GELU_SLOPE * (1 + 0.044715 * (x * x))))
+
+
+def _gelu_slope(x: mx.array, gate: mx.array) -> mx.array:
+    slope = GELU_SLOPE * (1 + (3 * 0.044715) * (x * x))
+    return gate * (1 + x * (1 - gate) * slope)
 
 
 @mx.custom_function
@@ -71,9 +98,36 @@ def _gelu_and_gate(x: mx.array):
 
 @_gelu_and_gate.vjp
 def _gelu_vjp(x, cotangents, outputs):
-    gate = outputs[1]
-    slope = GELU_SLOPE * (1 + (3 * 0.044715) * (x * x))
-    return cotangents[0] * (gate * (1 + x * (1 - gate) * slope))
+    return cotangents[0] * _gelu_slope(x, outputs[1])
+
+
+def linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """x [..., in] @ weight [in, out] + bias [out], in the weight's type."""
+    if weight.dtype == bias.dtype:
+        return mx.addmm(bias, x, weight)
+    return (x.astype(weight.dtype) @ weight + bias).astype(weight.dtype)
+
+
+@mx.custom_function
+def linear_in_turn(x: mx.array, weight: mx.array, bias: mx.array):
+    """`linear`, weight, bias: the passes of a step hand the parameters on to each other.
+
+    So their gradients come back from pass to pass, and the product of each pass adds to them at once. Otherwise those
+    of all passes are kept until they are added up.
+    """
+    return linear(x, weight, bias), weight, bias
+
+
+@linear_in_turn.vjp
+def _linear_vjp(primals, cotangents, outputs):
+    x, weight, _ = primals
+    to_out, to_weight, to_bias = cotangents
+    rows, flat = x.reshape(-1, x.shape[-1]), to_out.reshape(-1, to_out.shape[-1])
+    to_bias = to_bias + flat.astype(to_bias.dtype).sum(axis=0)
+    to_x, to_weight = to_out @ weight.T, mx.addmm(to_weight, rows.T, flat)
+    if x.shape[1] > 1:  # MLX leaves these sums to the end, and keeps what they are computed from
+        [to_x] = mx.depends([to_x], [to_weight, to_bias])
+    return to_x, to_weight, to_bias
 
 
 def random_keys(n: int) -> list[mx.array]:
@@ -83,10 +137,12 @@ def random_keys(n: int) -> list[mx.array]:
 
 
 def dropout_mask(key: mx.array, shape: tuple[int, ...], rate: float) -> mx.array:
-    """bool of this shape, False with probability `rate` to the nearest 65,536th.
+    """bool of this shape, False with probability `rate` to the nearest 65,536th; the key itself if it is a mask.
 
     16 random bits decide each element; mx.random.bernoulli takes 32.
     """
+    if key.dtype == mx.bool_:
+        return key
     n = math.prod(shape)
     key = mx.stop_gradient(key)  # mx.checkpoint differentiates with respect to every argument of a block
     bits = mx.random.split(key, -(-n // 4)).reshape(-1).view(mx.uint16)
@@ -106,7 +162,14 @@ class Dropout(nn.Module):
         return self._rate if self.training else 0.0
 
     def __call__(self, x: mx.array, key: mx.array | None) -> mx.array:
-        return x * dropout_mask(key, x.shape, self.rate) * (1 / (1 - self.rate)) if self.rate else x
+        if not self.rate:
+            return x
+        return _drop(x, dropout_mask(key, x.shape, self.rate)) * (1 / (1 - self.rate))
+
+
+def _drop(x: mx.array, keep: mx.array) -> mx.array:
+    """x where `keep` [bool, of its shape] is True, else 0. A product with a bool makes a float32 copy of it first."""
+    return mx.where(keep, x, 0) if on_gpu() else x * keep
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dropout, key: mx.array | None):
@@ -117,7 +180,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
     scale, rate = q.shape[-1] ** -0.5, dropout.rate
     if not rate and (q.shape[2] == 1 or on_gpu()):  # MLX's fused attention has no dropout and is slow on CPU
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    q, v = q * scale, v * (1 / (1 - rate))
+    q, k, v = mx.contiguous(q * scale), mx.contiguous(k), mx.contiguous(v * (1 / (1 - rate)) if rate else v)
     n_queries, n_cached = q.shape[2], k.shape[2] - q.shape[2]
     starts = range(0, n_queries, QUERY_BLOCK)
     keys = mx.random.split(key, len(starts)) if rate else [None] * len(starts)
@@ -131,26 +194,73 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
     return mx.concatenate(out, axis=2)
 
 
+def attention_in_pieces(q: mx.array, pieces: tuple, mask: mx.array, dropout: Dropout, key: mx.array | None):
+    """Training on a GPU: (`attention` over the pieces of a PiecewiseCache, those pieces for the next pass).
+
+    The pieces are joined again in the backward pass, so that not every pass keeps a copy. The first one is handed on
+    from pass to pass as parameters are (`linear_in_turn`).
+    """
+    rate, n_keys = dropout.rate, sum(piece.shape[3] for piece in pieces)
+    keep = dropout_mask(key, (*q.shape[:3], n_keys), rate) if rate else mx.array(True)
+    found = _attend_pieces(q * q.shape[-1] ** -0.5, pieces, mask, keep)
+    return found[0] * (1 / (1 - rate)), (found[2], *pieces[1:])
+
+
+@mx.custom_function
+def _attend_pieces(q, pieces, mask, keep):
+    return *_attend_forward(q, *_keys_and_values(pieces), mask, keep), pieces[0]
+
+
+@_attend_pieces.vjp
+def _attend_pieces_vjp(primals, cotangents, outputs):
+    q, pieces, mask, keep = primals
+    again = _keys_and_values(_again(pieces, cotangents[0]))
+    to_q, *to_kv, to_mask, to_keep = _attend_vjp((q, *again, mask, keep), cotangents, outputs[:2])
+    n = pieces[0].shape[3]
+    to_first = cotangents[2] + mx.stack([to[:, :, :n] for to in to_kv])
+    [to_q] = mx.depends([to_q], [to_first])
+    to_pieces = (to_first, mx.stack([to[:, :, n:] for to in to_kv]))
+    return to_q, to_pieces[: len(pieces)], to_mask, to_keep
+
+
+def _keys_and_values(pieces) -> list[mx.array]:
+    """Of all columns, [B, H, S, Dh] each."""
+    joined = mx.concatenate(pieces, axis=3) if len(pieces) > 1 else pieces[0]
+    return [part.squeeze(0) for part in mx.split(joined, 2)]
+
+
 @mx.custom_function
 def _attend(q, k, v, mask, keep):
     """(softmax(q k^T) * keep) v over one block -> ([B, H, T, Dh], weights [B, H, T, S]).
 
     The softmax is float32 for any input. A gradient of its own halves its time on CPU.
     """
+    return _attend_forward(q, k, v, mask, keep)
+
+
+def _attend_forward(q, k, v, mask, keep):
+    weights = _masked_softmax((q @ k.swapaxes(-1, -2)).astype(mx.float32), mask)  # [B, H, T, S]
+    return _drop(weights, keep).astype(v.dtype) @ v, weights
+
+
+def _masked_softmax(scores: mx.array, mask: mx.array) -> mx.array:
     lowest = mx.finfo(mx.float32).min  # not -inf: a row that may attend to nothing gives no NaN
-    scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32) + mx.where(mask, 0, lowest)  # [B, H, T, S]
+    if on_gpu():
+        return mx.softmax(mx.where(mask, scores, lowest), axis=-1, precise=True)
+    scores = scores + mx.where(mask, 0, lowest)
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = weights / weights.sum(axis=-1, keepdims=True)
-    return (weights * keep).astype(v.dtype) @ v, weights
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
-@_attend.vjp
 def _attend_vjp(primals, cotangents, outputs):
     q, k, v, mask, keep = primals
     out, weights = outputs
-    gradient = cotangents[0]  # [B, H, T, Dh]
-    dropped = weights * keep
-    mean = (gradient * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
+    gradient = mx.contiguous(cotangents[0])  # [B, H, T, Dh]
+    dropped = _drop(_again([weights], gradient)[0] if on_gpu() else weights, keep)
+    mean = (gradient.astype(mx.float32) * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
     to_scores = (dropped * (gradient @ v.swapaxes(-1, -2)) - weights * mean).astype(q.dtype)  # [B, H, T, S]
     to_k, to_v = to_scores.swapaxes(-1, -2) @ q, dropped.astype(q.dtype).swapaxes(-1, -2) @ gradient  # [B, H, S, Dh]
     return to_scores @ k, to_k, to_v, mx.zeros_like(mask), mx.zeros_like(keep)
+
+
+_attend.vjp(_attend_vjp)

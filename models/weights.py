@@ -2,16 +2,19 @@
 
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from methods import METHODS
+from text.stand_ins import find_stand_in
 from utils import UserError, human_size, memory_size, read_json, say, warn
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PREFIX = re.compile(r"^(model\.)?(base_causallm\.)?(transformer\.)?")
+AROUND = re.compile(r"^(model\.)?base_causallm\.")  # the official Coconut around any model
 MASK_BUFFER = re.compile(r"^h\.\d+\.attn\.(bias|masked_bias)$")  # not c_attn.bias, which is a parameter
 TRANSPOSED = re.compile(r"^h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 BIASED = re.compile(r"^(h\.\d+\..*|ln_f)\.weight$")  # the weights that a bias belongs to
@@ -53,6 +56,15 @@ def canonical(tensors: Tensors, path: Path) -> Tensors:
             tensor = mx.contiguous(tensor.T)
         result[f"transformer.{name}"] = tensor.astype(mx.float32)
     return _with_biases(result, path)
+
+
+def unwrapped(tensors: Tensors, path: Path) -> Tensors:
+    """Tensors of another model than GPT-2 under the names that the wrappers around it were put before.
+
+    Drops the alias of the embedding that the official Coconut saves. Raises UserError for two tensors of one name.
+    """
+    bare = _renamed(tensors, lambda name: AROUND.sub("", WRAPPERS.sub("", name), count=1), path)
+    return {name: tensor for name, tensor in bare.items() if name != "embedding.weight"}
 
 
 def holds_special_tokens(tensors: Tensors, path: Path) -> bool | None:
@@ -104,14 +116,19 @@ def to_mlx_layout(tensors: Tensors, method: str) -> Tensors:
 
 def _bare_names(tensors: Tensors, path: Path) -> Tensors:
     """Tensors without the prefixes of wrappers (DDP, FSDP, torch.compile) and of the models around GPT-2."""
+    bare = _renamed(tensors, lambda name: PREFIX.sub("", WRAPPERS.sub("", name), count=1), path)
+    if "wte.weight" not in bare and "lm_head.weight" in bare:  # safetensors.torch.save_model keeps one of tied tensors
+        bare["wte.weight"] = bare["lm_head.weight"]
+    return bare
+
+
+def _renamed(tensors: Tensors, shorten: Callable[[str], str], path: Path) -> Tensors:
     bare: Tensors = {}
     for name, tensor in tensors.items():
-        short = PREFIX.sub("", WRAPPERS.sub("", name), count=1)
+        short = shorten(name)
         if short in bare and not _equal(bare[short], tensor):
             raise UserError(f"{path}: holds two different tensors for {short}; one of them is called {name}")
         bare[short] = tensor
-    if "wte.weight" not in bare and "lm_head.weight" in bare:  # safetensors.torch.save_model keeps one of tied tensors
-        bare["wte.weight"] = bare["lm_head.weight"]
     return bare
 
 
@@ -172,13 +189,14 @@ def _format(path: Path) -> str:
         raise UserError(f"{path}: not a regular file; expected weights")
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head, size = file.read(64), path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights ({error.strerror})") from error
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
-        raise UserError(f"{path}: a web page, not weights; download the file itself")
+    header_size = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and 8 + header_size <= size:  # first, because the size can have the bytes of any other kind
+        return "safetensors"
+    if found := find_stand_in(head):
+        raise UserError(f"{path}: {found[0]}, not weights; {found[1]}")
     if head.startswith(LEGACY_TORCH):
         return "torch"
     if head.startswith(b"\x80"):

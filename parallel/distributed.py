@@ -25,6 +25,9 @@ FOREIGN_LAUNCHERS = {  # variable with the number of processes -> launcher
     "WORLD_SIZE": "torchrun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpirun_rsh",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "FLUX_JOB_SIZE": "flux run",
     "SLURM_STEP_NUM_TASKS": "srun",  # SLURM_NTASKS is set in a batch script too, which is one process
 }
 

@@ -14,8 +14,21 @@ _n_used = 1
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU (Metal or CUDA)."""
-    return mx.default_device() == mx.Device(mx.gpu)
+    """Whether MLX computes on a GPU (Metal or CUDA), whichever its number is."""
+    return mx.default_device().type == mx.gpu
+
+
+def use_device(wanted: str | None) -> None:
+    """Compute on the CPU of a machine with a GPU where `wanted` (COCONUT_DEVICE) is "cpu"; None leaves MLX's choice.
+
+    Call it before `use_streams`. Raises UserError for another text, or for "gpu" where there is none.
+    """
+    if wanted not in (None, "cpu", "gpu"):
+        raise UserError(f"COCONUT_DEVICE: expected cpu or gpu, found {wanted!r}")
+    if wanted == "gpu" and not on_gpu():
+        raise UserError("COCONUT_DEVICE: expected cpu, found 'gpu': this build of MLX finds no GPU here")
+    if wanted == "cpu":
+        mx.set_default_device(mx.cpu)
 
 
 def use_streams(wanted: str | None = None) -> int:

@@ -26,6 +26,8 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
+from text.stand_ins import find_stand_in
+
 PINS = Path(__file__).with_name("checksums.txt")
 KINDS = ("sha256", "gitblob", "sha256-hint", "items", "commit")
 
@@ -46,6 +48,8 @@ def run(main):
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except BrokenPipeError:
+        sys.exit(signals.reader_left())
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
@@ -99,14 +103,10 @@ def describe(path):
     """Say what kind of file an unexpected file is."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        found = find_stand_in(file.read(512))
     if size == 0:
         return "an empty file"
-    if start.startswith(b"version https://git-lfs"):
-        return f"a Git LFS pointer ({size:,} bytes) instead of the data it points to"
-    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return f"a web page (HTML, {size:,} bytes) instead of data"
-    return f"another file of {size:,} bytes"
+    return f"{found[0]} ({size:,} bytes) instead of data" if found else f"another file of {size:,} bytes"
 
 
 def measure(path, kind):

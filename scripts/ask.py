@@ -19,10 +19,8 @@ from startup import blas  # noqa: F401  before mlx
 
 import numpy as np
 
-from analysis.probing import Probe, logits, open_checkpoint, thoughts
+from analysis.probing import Probe, likeliest, logits, open_checkpoint, thoughts, tokenize_question
 from dataset import collate
-from text.reader import Example
-from text.tokens import TokenExample, encode_example
 from training.evaluation import read_answer
 from utils import UserError, command_parser, exit_status, say
 
@@ -73,8 +71,7 @@ def _next_line() -> str:
 def answer(probe: Probe, question: str, n_thoughts: int) -> list[str]:
     """The lines about one question. Raises UserError where it does not fit into the model's positions."""
     curriculum, tokenizer = probe.curriculum, probe.curriculum.tokenizer
-    ids = encode_example(Example(question, [], ""), tokenizer, curriculum.config.layout)[0]
-    example = TokenExample(np.array(ids, dtype=np.int32), [], np.array([], dtype=np.int32))
+    example = tokenize_question(probe, question)
     prompt = curriculum.prompt(example, n_thoughts)
     n_positions = probe.model.transformer.config.n_positions
     if len(prompt.ids) >= n_positions:
@@ -92,10 +89,7 @@ def answer(probe: Probe, question: str, n_thoughts: int) -> list[str]:
 
 def decoded(row: np.ndarray, probe: Probe) -> str:
     """The most likely tokens of a thought with their probabilities; row [vocabulary] are its logits."""
-    shares = np.exp(row - row.max())
-    shares /= shares.sum()
-    best = np.argsort(-row, kind="stable")[:SHOWN]
-    return "  ".join(f"{probe.curriculum.tokenizer.spell(int(i))!r} {shares[i]:.2f}" for i in best)
+    return "  ".join(f"{token!r} {share:.2f}" for token, share in likeliest(probe, row, SHOWN))
 
 
 if __name__ == "__main__":

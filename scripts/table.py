@@ -30,7 +30,8 @@ from startup import blas  # noqa: F401  before mlx
 
 from config import Config, load_config
 from dataset import Curriculum
-from training.resume import merged_stage
+from training.curves import merged_stage
+from training.resume import best_evaluation
 from utils import UserError, command_parser, exit_status, markdown_table, read_records, say, write_text
 
 HEAD = ["method", "data", "accuracy", "of each seed", "tokens", "s / example", "best epoch", "seeds", "runs", "note"]
@@ -53,8 +54,8 @@ class Result:
 
     @property
     def row(self) -> str:
-        """What the runs of one row have in common."""
-        if not self.config:
+        """What the runs of one row have in common. An evaluation does not know how its checkpoint was trained."""
+        if not self.config or self.config.only_eval:
             return str(self.folder)
         keys = {name: value for name, value in self.config.to_dict().items() if name not in {*WITHOUT_EFFECT, "seed"}}
         keys["load_model_path"] = Path(keys["load_model_path"] or "").name  # each seed starts from a folder of its own
@@ -141,7 +142,7 @@ def read_run(folder: Path) -> Result:
     if not evaluations:
         return Result(folder, config, {}, ", ".join([*notes, "no evaluation yet"]))
     if any("train/loss" in record for record in records):
-        record = best_of_last_stage(evaluations, config)
+        record = best_evaluation(evaluations, config.to_dict() if config else None)
         notes += what_is_missing(evaluations, config) if config else []
     else:  # the best of several would be chosen on the test set
         record = evaluations[-1]
@@ -154,16 +155,6 @@ def read_metrics(path: Path) -> list[dict]:
         return read_records(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the metrics ({error.strerror})") from error
-
-
-def best_of_last_stage(evaluations: list[dict], config: Config | None) -> dict:
-    """The evaluation of the checkpoint that resume.best_checkpoint chooses: of equal ones the last."""
-
-    def rank(record: dict) -> tuple[int, float, int]:
-        stage = merged_stage(record["stage"], config.to_dict()) if config else record["stage"]
-        return stage, record["eval/acc"], record["epoch"]
-
-    return max(evaluations, key=rank)
 
 
 def what_is_missing(evaluations: list[dict], config: Config) -> list[str]:

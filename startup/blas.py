@@ -15,6 +15,7 @@ also set to keep freed memory.
 
 import contextlib
 import ctypes
+import importlib
 import os
 import shutil
 import stat
@@ -216,6 +217,17 @@ def _is_cuda_build() -> bool:
     return False
 
 
+def _check_driver() -> None:
+    """Raise OSError where a CUDA build of MLX does not load, which is so on a machine without a working driver."""
+    try:
+        importlib.import_module("mlx.core")
+    except ImportError as error:
+        raise OSError(
+            f"this CUDA build of MLX does not load here ({error}). It needs an NVIDIA card with driver 580 or newer; "
+            "without one: pip uninstall mlx-cuda-13 mlx-cuda-12, then pip install 'mlx[cpu]'"
+        ) from None
+
+
 def _set_up() -> None:
     global name
     if sys.platform == "darwin":
@@ -253,3 +265,5 @@ def _warn(reason: str) -> None:
 
 
 _set_up()
+if sys.platform == "linux" and _is_cuda_build():
+    _check_driver()

@@ -47,6 +47,16 @@ def _keep_output_open() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def reader_left() -> int:
+    """The exit status of a command whose stdout nobody reads any more (`| head`): 141, as if SIGPIPE had ended it.
+
+    What is still buffered goes to /dev/null. SIGPIPE itself stays ignored, because a connection that breaks raises it
+    too.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 def announce(text: str) -> None:
     """Print a line to stderr from a signal handler, without sys.stderr, which may be in the middle of a write."""
     if silent:

@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="disabled")
 
-from startup import blas  # noqa: F401  before mlx
+from startup import blas, settings  # noqa: F401  before mlx
 import mlx.core as mx
 
 import run as run_module
 from text.tokenizer import dump_tiktoken, load_tokenizer
 
+settings.exact_products()
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup: the runs that are started inherit it
 
 
@@ -35,10 +36,27 @@ class Outcome(NamedTuple):
     err: str
 
 
+@pytest.fixture(scope="module")
+def on_cpu():
+    """For modules that compare bits: on a GPU the embeddings' gradients are added in an order that varies."""
+    device = mx.default_device()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COCONUT_DEVICE", "cpu")  # for the processes that tests start
+        mx.set_default_device(mx.cpu)
+        yield
+    mx.set_default_device(device)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of numbers computed with the official code; see its README."""
     return FIXTURES / "golden"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of all fixtures."""
+    return FIXTURES
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Looking into a trained model: graphs, thoughts and their pictures, by hand-made cases and against definitions."""
 
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -10,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import controls, frontier, sweep
-from analysis.changes import Changed, answer, mcnemar
+from analysis import frontier, sweep
+from analysis.changes import answer, mcnemar
 from analysis.graphs import GROUPS, Graph, read_graphs
 from analysis.probing import Probe, all_thoughts, logits, open_checkpoint, require_thoughts, thoughts
 from coconut import Coconut
 from config import Config
-from dataset import Curriculum, Data, collate, prompt_batches
+from dataset import Curriculum, Data, prompt_batches
 from models.gpt2 import GPT2, GPT2Config
 from scripts import ask
 from startup import blas  # noqa: F401  before mlx
@@ -335,125 +334,12 @@ def probe(saved):
     return open_checkpoint(str(saved()))
 
 
-@pytest.fixture
-def items(probe):
-    """Two items, and the clean thoughts of both [2, 3, 16]."""
+def test_the_models_own_thoughts_are_the_ordinary_evaluation(probe):
     data = probe.data(probe.curriculum.config.val_path)
-    return data, all_thoughts(probe, [data.tokens[0], data.tokens[1]], 3)
-
-
-def logits_with(probe, data, change, n_thoughts: int = 3, order=(0, 1)) -> np.ndarray:
-    """Next-token logits behind the prompts of some items under a change, in the order of the items."""
-    prompts = [probe.curriculum.prompt(data.tokens[i], n_thoughts) for i in order]
-    batch = collate(prompts, probe.curriculum.tokenizer.eos_id).to_mlx()
-    model = probe.model
-    if change:
-        model = Coconut(Changed(model.transformer, n_thoughts, partial(change, np.array(order))))
-    hidden, _ = model.think(batch)
-    last = hidden[mx.arange(len(order)), batch.last_column]
-    return np.array(probe.model.transformer.logits(last))[np.argsort(order)]
-
-
-def test_the_models_own_thoughts_are_the_ordinary_evaluation(probe, items):
-    data, _ = items
     found = answer(probe, data, 2, 3)
     expected = Evaluator(probe.model, data, probe.curriculum).answers(3).predictions
     assert found.answers == [p["answer"] for p in expected]
     assert found.correct.tolist() == [p["correct"] for p in expected]
-
-
-def unchanged(items, k, thought):
-    return thought
-
-
-def test_a_change_that_changes_nothing_changes_nothing(probe, items):
-    """Bit for bit: thoughts handed through, and noise of level 0. Within 1e-5: recorded thoughts, in any order."""
-    data, clean = items
-    expected = logits_with(probe, data, None)
-    assert np.array_equal(logits_with(probe, data, unchanged), expected)
-    assert np.array_equal(logits_with(probe, data, partial(controls.noisy, level=0.0, seed=1)), expected)
-    itself = partial(controls.patched, change=None, clean=clean)
-    np.testing.assert_allclose(logits_with(probe, data, itself), expected, atol=1e-5)
-    np.testing.assert_allclose(logits_with(probe, data, itself, order=(1, 0)), expected, atol=1e-5)
-
-
-def test_zeros_are_what_hand_fed_zeros_give(probe, items):
-    data, clean = items
-    changes = controls.conditions(probe, clean, np.array([1, 0]), SimpleNamespace(mode="loop", seed=0))
-    gpt2, question = probe.model.transformer, data.tokens[1].question
-    columns = mx.concatenate([gpt2.embed(mx.array(question)[None]), mx.zeros((1, 3, 16))], axis=1)
-    cache = gpt2.make_cache(mx.ones(columns.shape[:2], dtype=mx.bool_), mx.zeros(1, dtype=mx.int32))
-    expected = gpt2.logits(gpt2(columns, cache)[0, -1])
-    np.testing.assert_allclose(logits_with(probe, data, changes["zero"])[1], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["zero", "mean", "latent row"])
-def test_both_modes_agree_where_a_thought_is_replaced_by_something_else(probe, items, name):
-    data, clean = items
-    loop, fixed = (
-        controls.conditions(probe, clean, np.array([1, 0]), SimpleNamespace(mode=mode, seed=0))[name]
-        for mode in ("loop", "patched")
-    )
-    found = logits_with(probe, data, loop)
-    np.testing.assert_allclose(found, logits_with(probe, data, fixed), atol=1e-5)
-    assert np.abs(found - logits_with(probe, data, None)).max() > 0.1
-
-
-def test_later_thoughts_follow_a_changed_one_in_the_loop_and_not_when_patched(probe, items):
-    data, clean = items
-    seen = {}
-
-    def first_to_zero(items, k, thought, mode):
-        seen[mode, k] = np.array(thought)
-        return mx.zeros_like(thought) if k == 0 else thought
-
-    logits_with(probe, data, partial(first_to_zero, mode="loop"))
-    logits_with(probe, data, partial(controls.patched, change=partial(first_to_zero, mode="patched"), clean=clean))
-    assert np.abs(seen["loop", 1] - clean[:, 1]).max() > 0.01
-    np.testing.assert_allclose(seen["patched", 1], clean[:, 1], atol=1e-6)
-
-
-def test_noise_depends_on_seed_item_and_place_and_not_on_the_batch(probe, items):
-    thought = mx.array(items[1][:, 0])
-    both = np.array(controls.noisy(np.array([0, 1]), 0, thought, 2.0, 5))
-    alone = np.array(controls.noisy(np.array([1]), 0, thought[1:], 2.0, 5))
-    np.testing.assert_allclose(both[1:], alone, atol=1e-6)
-    moved = (both - np.array(thought)) / np.array(thought).std(axis=1, keepdims=True)
-    assert 1.0 < moved.std() < 3.0  # level 2
-    for other in (
-        controls.noisy(np.array([0, 1]), 1, thought, 2.0, 5),
-        controls.noisy(np.array([0, 1]), 0, thought, 2.0, 6),
-    ):
-        assert np.abs(np.array(other) - both).max() > 0.1
-
-
-def test_huge_noise_reaches_the_model(probe, items):
-    data, _ = items
-    found = logits_with(probe, data, partial(controls.noisy, level=1e4, seed=0))
-    assert np.abs(found - logits_with(probe, data, None)).max() > 0.1
-
-
-def test_orders_are_never_the_own_one_and_donors_have_another_answer():
-    orders = controls.draw_orders(200, 2, 0)
-    assert (orders == [1, 0]).all()
-    orders = controls.draw_orders(500, 3, 0)
-    assert (np.sort(orders, axis=1) == [0, 1, 2]).all() and not (orders == [0, 1, 2]).all(axis=1).any()
-    answers = list("abca") * 5
-    donors = controls.draw_donors(answers, 0)
-    assert all(answers[donor] != own for donor, own in zip(donors, answers, strict=True))
-    with pytest.raises(UserError, match="all items have the same answer"):
-        controls.draw_donors(["a", "a"], 0)
-
-
-def test_transplanted_thoughts_are_the_donors(probe, items):
-    clean = items[1]
-    changes = controls.conditions(probe, clean, np.array([1, 0]), SimpleNamespace(mode="patched", seed=0))
-    seen = []
-    for k in range(3):
-        seen.append(np.array(changes["transplant"](np.array([0, 1]), k, mx.zeros((2, 16)))))
-    np.testing.assert_array_equal(np.stack(seen, axis=1), clean[::-1])
-    mixed = changes["permute"](np.array([0]), 0, mx.zeros((1, 16)))
-    assert any(np.array_equal(mixed[0], clean[0, k]) for k in range(3))
 
 
 @pytest.mark.parametrize(("pairs", "p"), [
@@ -479,15 +365,3 @@ def test_the_sweep_command(saved, tmp_path, capsys):
     assert [(line["idx"], line["thoughts"]) for line in lines[1:]] == [(i, k) for k in (0, 2, 3) for i in (0, 1)]
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert sweep.main([str(folder), str(tmp_path / "data.json"), "--thoughts", "-1"]) == 2
-
-
-@pytest.mark.parametrize(("mode", "last"), [("loop", "noise 25"), ("patched", "permute")])
-def test_the_controls_command(saved, tmp_path, capsys, mode, last):
-    folder, out = saved(), tmp_path / "out"
-    assert controls.main([str(folder), str(tmp_path / "data.json"), "--mode", mode, "--out", str(out)]) == 0
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert rows[0][1].strip() == "none" and rows[0][5].strip() == "0.000" and rows[-1][1].strip() == last
-    assert {row[3].strip() for row in rows} == {"2"}  # every condition has the same items
-    lines = (out / "controls.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["mode"] == mode and len(lines) == 1 + 2 * len(rows)
-    assert (out / "controls.png").read_bytes()[:4] == b"\x89PNG"

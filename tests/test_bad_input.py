@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 
 from coconut import Coconut
 from config import Config
-from models.loading import find_source, load_gpt2
+from models.loading import load_gpt2
+from models.source import find_source
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import load_tokenizer
 

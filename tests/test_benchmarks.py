@@ -18,7 +18,17 @@ from startup import blas  # noqa: F401  before mlx
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VOCABULARY = 60
 TINY = "--layers 2 --width 16 --heads 2 --vocabulary 60 --length 9 --batch 2 --runs 1".split()
-FIELDS = {"seconds", "cpu_seconds", "tokens_per_second", "peak_rss_gb", "peak_mlx_gb", "blas", "processor", "load"}
+FIELDS = {
+    "device",
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_second",
+    "peak_rss_gb",
+    "peak_mlx_gb",
+    "blas",
+    "processor",
+    "load",
+}
 NEEDS_TORCH = "torch and transformers are not installed: no peer to compare with"
 
 
@@ -44,6 +54,7 @@ def test_generate_prints_its_fields():
     result = measured("generate.py", "--examples", "3", "--new-tokens", "2", "--latents", "0", "--own-blas")
     assert FIELDS | {"seconds_per_example", "ratio_to_own_blas"} <= result.keys()
     assert (result["examples"], result["prompt_tokens"], result["latents"]) == (3, 9 + 6 + 2, 0)
+    assert result["shortest_answer"] == 2
 
 
 def test_data_parallel_computes_the_same_and_reports_the_time_of_communication():
@@ -108,6 +119,7 @@ def test_the_peer_has_our_loss(peer, models):
     ours, theirs = models
     rows = make_rows(n_labeled=4)
     expected = peer.loss(theirs, peer.collate(rows, pad_id=0)).item()
+    assert peer.lean_loss(theirs, peer.collate(rows, pad_id=0)).item() == pytest.approx(expected, rel=1e-6)
     assert ours(collate(rows, pad_id=0).to_mlx()).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -117,9 +129,31 @@ def test_the_peer_decodes_our_tokens(peer, models):
     expected = [peer.generate(theirs, row, 6, eos_id=7) for row in rows]
     assert ours.generate(collate(rows, pad_id=0).to_mlx(), 6, eos_id=7) == expected
     assert any(expected)
+    assert peer.lean_generate(theirs, rows, 6, eos_id=7) == expected
 
 
 def test_the_peer_is_measured(peer):
     for script in ("train_step.py", "generate.py"):
-        result = measured(script, "--peer", "--latents", "1")
-        assert {"peer_seconds", "peer_peak_rss_gb", "ratio_to_peer", "ratio_to_peer_of_pairs"} <= result.keys()
+        result = measured(script, "--peer", "--lean-peer", "--latents", "1")
+        for name in ("peer", "lean_peer"):
+            assert {f"{name}_seconds", f"ratio_to_{name}", f"ratio_to_{name}_of_pairs"} <= result.keys()
+
+
+def test_a_gpu_is_checked_against_the_cpu():
+    """Here a CPU against itself, and a few optimizer steps of unlike items."""
+    lines = [checked(*words) for words in (["smoke"], ["fidelity"], ["steps", "--steps", "2"])]
+    [product, *attention], batches, [steps] = lines
+    assert product["error_of_a_product"] < 1e-5 and len(attention) == 2
+    assert [batch["latents"] for batch in batches] == [[3, 1, 0, 3], [6, 6, 6, 6], [0, 0, 0, 0]]
+    for batch in batches:
+        assert batch["loss_difference"] < 1e-4 and batch["gradient_difference"] < 1e-3
+        assert batch["same_answers"] == "4 of 4"
+    assert steps["step"] == 2 and steps["loss"] > 1 and steps["most"] >= steps["least"] > 0
+
+
+def checked(*words: str) -> list[dict]:
+    """The JSON lines of gpu_check.py."""
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), *words, *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]

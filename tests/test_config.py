@@ -169,6 +169,7 @@ def test_all_problems_are_reported_at_once(load):
         ("seed: -1", "seed: expected at least 0, found -1"),
         ("uniform_prob: 1.5", "uniform_prob: expected at most 1, found 1.5"),
         ("batch_size_training: 0", "batch_size_training: expected at least 1, found 0"),
+        ("num_epochs: 1e30", "expected at most 1000000000, found 1000000000000000019884624838656"),
         ("num_epochs: 2.5", "num_epochs: expected a whole number, found 2.5 (float)"),
         ("seed: true", "seed: expected a whole number, found True (bool)"),
         ("debug: 1", "debug: expected True or False, found 1 (int)"),
@@ -182,6 +183,8 @@ def test_all_problems_are_reported_at_once(load):
         ("val_path: YOUR_PATH/x.json", "val_path: still the placeholder 'YOUR_PATH/x.json'; put your own path there"),
         ("train_path: None", "train_path: missing; needed unless only_eval is True"),
         ("model_id: None", "model: name model_id, load_model_path or model_config_path"),
+        ("val_path: $NOT_SET/x", "val_path: expected a path, found a user or variable that is not there: $NOT_SET/x"),
+        ("save_path: ~no-one/x", "save_path: expected a path, found a user or variable that is not there: ~no-one/x"),
         ("resume: 1", "resume: 1 leaves nothing to train, because num_epochs is 1"),
     ],
 )
@@ -341,6 +344,12 @@ def test_a_key_given_twice_is_named_with_its_lines(load):
     assert f"lr: given twice, in lines 1 and {last}; keep one" in problems_of(load, text)
 
 
+def test_a_merge_key_of_yaml_is_refused(load):
+    """Keys that it brings would be checked by none of the rules for a file: text that stays text, a key given twice."""
+    [problem] = problems_of(load, SMALL.strip() + "\n<<: {lr: 1e-3, lr: 1e-4}\n")
+    assert problem.startswith("<<: unknown key")
+
+
 def test_a_norm_of_0_is_refused(load):
     assert "max_grad_norm: 0 would train nothing; None switches clipping off" in problems_of(
         load, SMALL, "max_grad_norm=0"
@@ -358,6 +367,9 @@ def test_paths_are_expanded(load, monkeypatch):
     monkeypatch.setenv("RUNS", "/scratch")
     config = load(SMALL, "save_path=$RUNS/x", "val_path=~/valid.json", "name=~me")
     assert (config.save_path, config.val_path, config.name) == ("/scratch/x", "/home/me/valid.json", "~me")
+    names = {name for name in FIELDS if name.endswith("_path")} | {"model_id", "tokenizer", "token_cache"}
+    config = load(SMALL, *(f"{name}=${{RUNS}}/{name}" for name in names))
+    assert {name: getattr(config, name) for name in names} == {name: f"/scratch/{name}" for name in names}
 
 
 @pytest.mark.parametrize(("key", "thought", "curriculum", "row"), [
@@ -392,8 +404,11 @@ def test_all_senseless_keys_of_a_curriculum_are_named_at_once(load):
         "uniform_prob", "tokens_per_epoch", "remove_all_from", "removal_smoothing", "thought, curriculum",
     ]  # fmt: skip
     keys = ["cot=False", "no_thoughts=True", "curriculum=tokens", "tokens_per_epoch=0"]
-    found = problems_of(load, SMALL, *keys)
-    assert found == ["tokens_per_epoch, removal_smoothing: expected more than 0"]
+    assert problems_of(load, SMALL, *keys, "removal_smoothing=1e-308") == [
+        "removal_smoothing: expected at least 1e-06, found 1e-308", "tokens_per_epoch: expected more than 0"
+    ]  # fmt: skip
+    [problem] = problems_of(load, SMALL, *keys, "tokens_per_epoch=1e308")
+    assert problem == "tokens_per_epoch: expected at most 1000000000, found 1e+308"
     assert "thought: expected `hidden` or `pause`, found 'hiden' (str)" in problems_of(load, SMALL, "thought=hiden")
 
 

@@ -43,6 +43,22 @@ def test_stages_past_max_latent_stage_are_one(tmp_path):
     assert stage_texts(make_figure([read_curves(run)])) == ["stage 1", "stage 2", "stage 3", "stage 4+"]
 
 
+def test_a_narrow_picture_numbers_its_stages(tmp_path):
+    """Where the word has no place, as on a phone, the number alone stands above each stage."""
+    run = read_curves(logged(tmp_path / "run", [0, 1, 2, 3, 4]))
+    assert stage_texts(make_figure([run])) == [f"stage {n}" for n in range(5)]
+    assert stage_texts(make_figure([run], size=(3.7, 5))) == ["stage", *"01234"]
+
+
+def test_a_run_before_its_first_validation_is_drawn(tmp_path):
+    """Training losses alone; matplotlib would warn of a layout that collapses."""
+    path = logged(tmp_path / "run", [0]) / "metrics.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "train/loss" in line))
+    figure = make_figure([read_curves(path)])
+    figure.savefig(tmp_path / "curves.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["validation", "training"]
+
+
 def test_lines_that_are_not_records_are_skipped(tmp_path):
     """Truncated by a power failure, or written by other programs."""
     path = logged(tmp_path / "run", [0, 1]) / "metrics.jsonl"
@@ -54,7 +70,7 @@ def test_lines_that_are_not_records_are_skipped(tmp_path):
     assert read_curves(path) == whole
 
 
-@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n"])
+@pytest.mark.parametrize("config", [None, b"", b"\xff", b"[", b"name: x\n", b"max_latent_stage: x\n", b"[1]"])
 def test_without_a_config_every_stage_is_shown_as_logged(config, tmp_path):
     run = logged(tmp_path / "run", [0, 1, 2])
     if config is not None:
@@ -177,6 +193,17 @@ def test_neither_the_users_backend_nor_the_users_rc_is_used(tmp_path, backend, r
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_matplotlibrc_in_the_current_folder_is_not_used(tmp_path):
+    """It comes before the one that a variable names."""
+    run = logged(tmp_path / "run", [0, 0, 1])
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: Nowhere\nbackend: TkAgg\nsavefig.dpi: 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plot", str(run)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_whatever_drawing_raises_costs_one_warning(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from parallel import distributed as module
 from parallel.distributed import ALONE, Group, join, parameter_digest
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 DTYPES = ("int32", "float32", "int64", "float64", "uint64", "uint8")
@@ -194,6 +195,9 @@ def test_each_launch_of_mlx_is_understood(tmp_path):
         ({"WORLD_SIZE": "4", "RANK": "0"}, "started by torchrun"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "started by mpiexec"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "started by srun"),
+        ({"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "1"}, "started by mpirun_rsh"),
+        ({"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "1"}, "started by jsrun"),
+        ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1"}, "started by flux run"),
         ({"WORLD_SIZE": "many"}, "are inconsistent"),
         ({"MLX_RANK": "0"}, "are inconsistent"),
         ({"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere"}, "are inconsistent"),

@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from coconut import Coconut
 from config import Config
 from dataset import Curriculum, collate
-from models.loading import find_source, load_gpt2
+from models.loading import load_gpt2
+from models.source import find_source
 from text.reader import read_examples
 from text.tokens import tokenize
 

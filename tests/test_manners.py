@@ -127,6 +127,13 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
     assert signalled("signal.raise_signal(2)\nprint('still here')", tmp_path, ignored).stdout == "still here\n"
 
 
+def test_nohup_is_respected_during_training(tmp_path):
+    """It starts a command with SIGHUP ignored; Ctrl-C stays a request to stop."""
+    code = "with utils.StopSignals() as stop:\n signal.raise_signal(1)\n stop.check()\n print('still here')"
+    ignored = LISTEN.replace("SIGINT", "SIGHUP").replace("SIG_DFL", "SIG_IGN")
+    assert signalled(code, tmp_path, ignored).stdout == "still here\n"
+
+
 @pytest.mark.parametrize("existing, expected", [(None, "1000000"), ("7", "7")])
 def test_a_variable_that_the_user_has_set_stays(existing, expected, monkeypatch):
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", existing or "")
@@ -149,6 +156,37 @@ def test_closed_output_is_no_failure(closed, trial, tmp_path):
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     for line in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+@pytest.mark.parametrize("words", [
+    ["-m", "scripts.describe_data", "trial/train.json", "--tokenizer", "trial/words.json"], ["run.py", "--help"],
+    ["preprocessing/graphs.py", "--out", "."], ["-m", "scripts.ask", "trial/runs/trial/checkpoint_1", "a"],
+])  # fmt: skip
+def test_a_command_whose_reader_has_left_ends_quietly(words, trial, tmp_path):
+    """`python -m scripts.describe_data FILE | head`: the status of what SIGPIPE ends, and no message."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [word.replace("trial/", f"{trial.folder}/", 1) if "/" in word else word for word in words]
+    words = [str(tmp_path) if word == "." else word for word in words]
+    with os.fdopen(writing, "w") as stdout:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 141
+    assert not re.search("error|warning|Traceback|Exception|Broken", done.stderr), done.stderr
+
+
+def test_a_run_whose_reader_has_left_says_how_to_go_on(trial, tmp_path):
+    words = " ".join(f"'{word}'" for word in [sys.executable, *SMALL, f"save_path={tmp_path}"])
+    done = subprocess.run(
+        f"{words} 2>{tmp_path}/log | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="bash", cwd=trial.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = (tmp_path / "log").read_text()
+    assert done.returncode == 141 and done.stdout.startswith("run:")
+    line = r"^nobody reads stdout any more, so the run stopped\. To go on: python run\.py .*trial.yaml"
+    assert re.search(line, said, re.MULTILINE)
+    assert "Traceback" not in said and "error" not in said
 
 
 @pytest.mark.parametrize(("options", "environment"), [

@@ -12,7 +12,8 @@ from coconut import Coconut
 from config import Config
 from dataset import Chunk, TrainingSequence, collate
 from models.gpt2 import GPT2, GPT2Config
-from models.loading import find_source, load_gpt2
+from models.loading import load_gpt2
+from models.source import find_source
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import load_tokenizer
 from training.step import TrainStep, clipped, gradient_norm, new_optimizer

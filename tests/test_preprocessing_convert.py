@@ -95,7 +95,7 @@ def test_gsm_byte_order_mark_is_left_out(here):
     (None, "not found. Run 'bash preprocessing/gsm_icot.bash'"),
     (b"", "an empty file"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0a39\nsize 87805358\n", "a Git LFS pointer (73 bytes)"),
-    (b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n", "a web page (HTML"),
+    (b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n", "a web page (52 bytes)"),
     (b"fine?||<<1+1=2>> #### 2\n" + b"no bars\n" * 12, "12 have no '||'"),
     (b"Caf\xe9?||<<1+1=2>> #### 2\n", "not UTF-8"),
 ])  # fmt: skip
@@ -179,7 +179,7 @@ def without_key(key):
     (None, "not found. Run 'bash preprocessing/prontoqa.bash'"),
     (b"", "an empty file"),
     (b'{"example1": {"test_ex', "not JSON"),
-    (b"<html></html>", "a web page (HTML"),
+    (b"<html></html>", "a web page (13 bytes)"),
     ([raw_example(1)], "found list"),
     ({}, "found dict {}"),
     ({"example1": {"in_context_example0": {}}}, "example1: no object 'test_example'"),

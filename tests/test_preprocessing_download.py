@@ -203,7 +203,7 @@ def test_gsm_only_what_is_missing_is_fetched(here, server):
 
 @pytest.mark.parametrize(("content", "found"), [
     (POINTER, "a Git LFS pointer (73 bytes)"),
-    (PAGE, f"a web page (HTML, {len(PAGE)} bytes)"),
+    (PAGE, f"a web page ({len(PAGE)} bytes)"),
     (b"", "an empty file"),
     (RAW["valid"][:-1], f"another file of {len(RAW['valid']) - 1} bytes"),
     (None, "returned error: 404"),

@@ -117,7 +117,7 @@ NOT_DATA = {
     "blank": (b" \n\t\n", "the file is empty"),
     "empty list": (b"[]", "the list is empty; at least one item is needed"),
     "words": (b"question,steps,answer\n", "not JSON (Expecting value: line 1 column 1"),
-    "web page": (b"<!DOCTYPE html><html>", "looks like an HTML page"),
+    "web page": (b"<!DOCTYPE html><html>", "this is a web page"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     "cut off": (as_list([ITEM, ITEM])[:-9], "not JSON ("),
     "nested": (b"[" * 100_000, "not JSON ("),

@@ -23,6 +23,7 @@ from text import tokens
 from training import checkpoint as ckpt
 from training import resume, step, trainer
 
+pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
 EVAL_KEYS = {"eval/loss", "eval/acc", "eval/cot_em", "eval/n_tokens", "eval/seconds_per_example", "epoch", "stage"}
 EVAL_KEYS |= {"train/seconds", "acc_interval"}
@@ -332,26 +333,28 @@ def test_a_file_system_without_locks_is_no_other_process(tiny, call_main, monkey
 
 
 def test_an_empty_directory_and_stray_files_do_not_disturb(tiny, call_main):
+    """A killed process's temporary files are removed."""
     folder = tiny.runs / "tiny"
     folder.mkdir(parents=True)
-    for stray in ("checkpoint_12.pt", "notes.txt", "checkpoint_best", "checkpoint_", "state_x"):
+    for stray in ("checkpoint_12.pt", "notes.txt", "checkpoint_best", "checkpoint_", "state_x", ".config.yaml.7.tmp"):
         (folder / stray).write_text("mine")
     outcome = call_main(tiny.config(num_epochs=1))
     assert outcome.status == 0, outcome.err
     assert {"checkpoint_1", "notes.txt", "checkpoint_12.pt"} <= names(folder)
     assert (folder / "checkpoint_12.pt").read_text() == "mine"
+    assert not list(folder.glob(".*.tmp"))
 
 
 # only_eval
 
 
-def test_only_eval_prints_everything_and_writes_two_files(evaluate):
+def test_only_eval_prints_everything_and_writes_three_files(evaluate):
     outcome, folder = evaluate(3, resume=2)
     [line] = [line for line in outcome.out.splitlines() if "accuracy" in line]
     pattern = r"epoch 2, stage 2: loss \d+\.\d+, accuracy [0-4]/4 = \d\.\d+ \(95 % interval 0\.\d+ to \d\.\d+\), "
     pattern += r"CoT match \d\.\d+, latents 2, \d+\.\d tokens and \d+\.\d+ s per example"
     assert re.fullmatch(pattern, line)
-    assert names(folder) == {"metrics.jsonl", "predictions_2.jsonl"}
+    assert names(folder) == {"config.yaml", "metrics.jsonl", "predictions_2.jsonl"}
     [record] = jsonl(folder / "metrics.jsonl")
     assert set(record) == EVAL_KEYS | ABOUT_KEYS
     assert "warning" not in outcome.err
@@ -414,6 +417,29 @@ def test_the_resume_of_a_training_run_is_not_that_of_its_evaluation(finished, ca
     keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}"]
     assert "stage 1," in call_main(run / "config.yaml", *keys).out
     assert "stage 0," in call_main(run / "config.yaml", *keys, "resume=0").out
+
+
+def test_the_config_of_an_evaluation_repeats_it(finished, call_main, tmp_path):
+    """The stage stays the checkpoint's: a `resume` in the file would name the predictions after itself."""
+    run = finished[0].runs / "tiny"
+    keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}", "max_latent_stage=1"]
+    assert call_main(run / "config.yaml", *keys).status == 0
+    assert call_main(tmp_path / "tiny" / "config.yaml").status == 0
+    assert names(tmp_path / "tiny") == {"config.yaml", "metrics.jsonl", "predictions_2.jsonl"}
+    first, second = ({**r, "eval/seconds_per_example": 0} for r in jsonl(tmp_path / "tiny" / "metrics.jsonl"))
+    assert first == second
+
+
+def test_an_evaluation_leaves_a_run_that_has_only_begun_alone(finished, call_main, tmp_path):
+    """Nothing is saved before the first epoch ends, or save_interval_minutes are over."""
+    run, begun = finished[0].runs / "tiny", tmp_path / "tiny"
+    begun.mkdir()
+    for name in ("config.yaml", "first_batch.txt"):
+        (begun / name).write_text("mine")
+    keys = ["only_eval=True", f"load_model_path={run}/checkpoint_2", f"save_path={tmp_path}"]
+    assert call_main(run / "config.yaml", *keys).status == 0
+    assert names(begun) == {"config.yaml", "first_batch.txt", "only_eval"}
+    assert (begun / "config.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize("change", [
@@ -544,6 +570,15 @@ def test_a_dry_run_times_the_first_stage_and_the_most_expensive_one(tiny, call_m
     assert "s a step at stage 0, so" in only
 
 
+def test_a_dry_run_of_a_billion_epochs_has_a_line_for_each_stage_that_differs(tiny, call_main):
+    """All past max_latent_stage are alike; num_epochs may be any number, so nothing may go through the epochs."""
+    outcome = call_main(tiny.config(num_epochs=10**9, keep_checkpoints=1), "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert re.findall(r"^  (epochs? .*?),", outcome.out, re.MULTILINE) == [
+        "epoch 1: stage 0", "epoch 2: stage 1", "epoch 3: stage 2", "epochs 4 to 1000000000: stages 3 to 999999999"
+    ]  # fmt: skip
+
+
 def test_a_dry_run_writes_no_token_cache(tiny, call_main, monkeypatch):
     monkeypatch.setattr(tokens, "MIN_CACHED_BYTES", 0)
     cache = tiny.folder / "cache"
@@ -608,6 +643,31 @@ def test_what_an_epochs_last_step_spoils_is_not_saved(lr, tiny, call_main):
     assert "NaN" not in (folder / "metrics.jsonl").read_text() and tiny.records()[:-1] == records
     assert call_main(tiny.config(num_epochs=2, **keys)).status == 0, "with a sane learning rate it goes on"
     assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1, 2]
+
+
+def test_weights_that_no_loss_shows_to_be_spoiled_are_not_saved(tiny, call_main, monkeypatch):
+    """A position that no item reaches yet."""
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    before = names(tiny.runs / "tiny")
+    take_step = step.TrainStep.__call__
+
+    def spoil(self, *words):
+        positions = self.model.transformer.wpe
+        positions.weight = mx.concatenate([positions.weight[:-1], mx.full((1, 16), mx.inf)])
+        return take_step(self, *words)
+
+    monkeypatch.setattr(step.TrainStep, "__call__", spoil)
+    outcome = call_main(tiny.config(num_epochs=2))
+    assert outcome.status == 1 and "the weights or the optimizer's moments are not finite after epoch 2" in outcome.err
+    assert names(tiny.runs / "tiny") == before
+
+
+def test_a_gradient_that_is_not_finite_is_not_logged(tiny, call_main, monkeypatch):
+    """Its norm is too large for float32, and the loss is not."""
+    monkeypatch.setattr(step, "gradient_norm", lambda gradient: mx.array(mx.inf))
+    outcome = call_main(tiny.config(num_epochs=1))
+    assert outcome.status == 1 and "the gradient is inf in epoch 1, step 0" in outcome.err
+    assert tiny.records() == []
 
 
 def test_an_evaluation_that_is_not_finite_is_not_logged(finished, tiny, call_main):
@@ -677,8 +737,6 @@ def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_
 
 
 def test_bf16_on_cpu_is_float32_with_a_word(shared_tiny, call_main, tmp_path):
-    if mx.default_device() == mx.Device(mx.gpu):
-        pytest.skip("about CPU")
     outcome = call_main(shared_tiny.config(save_path=tmp_path, bf16=True, num_epochs=1))
     assert outcome.status == 0 and "bf16 is many times slower on CPU; float32 is used" in outcome.err
 

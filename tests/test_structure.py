@@ -27,11 +27,14 @@ TRAINING = [
     {"trainer", "dry_run"},
     {"setup"},
     {"resume"},
-    {"checkpoint", "step", "evaluation", "metrics", "curves"},
+    {"checkpoint", "step", "evaluation", "memory", "metrics", "curves"},
 ]
 FOLDERS = ("models", "text", "training", "parallel", "startup", "analysis", "scripts", "benchmarks", "preprocessing")
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])
-LIBRARIES = {"graphs", "classes", "probing", "changes", "pictures"}  # of analysis/; its other files are commands
+# Of analysis/; its other files are commands.
+LIBRARIES = {
+    "graphs", "classes", "probing", "changes", "conditions", "recording", "intervals", "pictures", "recorded", "page",
+}  # fmt: skip
 COMMANDS = [
     ROOT / "run.py",
     *(path for folder in ("scripts", "analysis") for path in (ROOT / folder).glob("[a-z]*.py")),

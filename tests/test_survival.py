@@ -20,6 +20,8 @@ from training.resume import best_checkpoint, clean, prune
 from training.step import TrainStep
 from utils import crc32
 
+pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

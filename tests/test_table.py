@@ -50,9 +50,9 @@ def test_a_row_is_the_best_epoch_of_the_last_stage(make_run, capsys):
     ]  # fmt: skip
 
 
-def test_of_equal_epochs_the_last_counts(make_run, capsys):
+def test_of_equal_epochs_the_first_counts(make_run, capsys):
     """As in resume.best_checkpoint, so that the row is about the checkpoint that load_model_path takes."""
-    assert rows_of(capsys, make_run("a", [(3, 0.5)] * 4 + [(3, 0.4)]))[0][6] == "4"
+    assert rows_of(capsys, make_run("a", [(3, 0.4)] + [(3, 0.5)] * 4))[0][6] == "2"
 
 
 def test_runs_that_differ_by_their_seed_share_a_row(make_run, tmp_path, capsys):
@@ -152,12 +152,12 @@ def test_a_seed_that_occurs_twice_is_noted(make_run, tmp_path, capsys):
     for name, seed in {"a": 3, "b": 1, "c": 3}.items():
         make_run(name, [(3, 0.1 * seed)] * 5, seed=seed)
     assert rows_of(capsys, tmp_path)[0][3:] == [
-        "0.100 0.300 0.300", "10.0", "0.2500", "5 5 5", "2", "b, a, c", "seed 3 in 2 runs",
+        "0.100 0.300 0.300", "6.0", "0.2500", "1 1 1", "2", "b, a, c", "seed 3 in 2 runs",
     ]  # fmt: skip
 
 
 def evaluate(folder, *accuracies):
-    """Write what only_eval writes: metrics.jsonl without training records, and no config.yaml."""
+    """Write what only_eval of an older version writes: metrics.jsonl without training records, and no config.yaml."""
     folder.mkdir(parents=True)
     lines = [{"eval/acc": accuracy, "eval/n_tokens": 3.0, "epoch": 5, "stage": 3} for accuracy in accuracies]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -165,12 +165,15 @@ def evaluate(folder, *accuracies):
 
 
 def test_an_evaluation_is_a_row_of_its_own(make_run, tmp_path, capsys):
-    """Its newest record counts: the best one would be chosen on the test set. Nothing tells its method."""
+    """Its newest record counts: the best one would be chosen on the test set. Without a config.yaml no method is told.
+
+    Nothing in it tells how its checkpoint was trained, so two of them never share a row.
+    """
     run = make_run("runs/a", [(3, 0.5)] * 5)
     evaluate(run / "only_eval", 0.9, 0.4)
     other = evaluate(tmp_path / "runs/b", 0.3)
     rows = [
-        ["Coconut", "valid.json", "0.500 (0.250 to 0.750)", "0.500", "10.0", "0.2500", "5", "1", "a", ""],
+        ["Coconut", "valid.json", "0.500 (0.250 to 0.750)", "0.500", "6.0", "0.2500", "1", "1", "a", ""],
         ["?", "?", "0.400", "0.400", "3.0", "", "5", "", "a/only_eval", "no config.yaml, newest of 2 evaluations"],
         ["?", "?", "0.300", "0.300", "3.0", "", "5", "", "b", "no config.yaml"],
     ]
@@ -178,8 +181,12 @@ def test_an_evaluation_is_a_row_of_its_own(make_run, tmp_path, capsys):
     assert rows_of(capsys, run, other) == rows
     config = Config(**{**KEYS, "name": "b", "coconut": True, "only_eval": True, "num_epochs": 25, "seed": 7})
     (other / "config.yaml").write_text(config.to_yaml())
+    (run / "only_eval" / "config.yaml").write_text(config.to_yaml())
     expected = ["Coconut", "valid.json", "0.300", "0.300", "3.0", "", "5", "1", "b", ""]
     assert rows_of(capsys, other) == [expected]
+    evaluate(tmp_path / "runs/c", 0.3)
+    (tmp_path / "runs/c/config.yaml").write_text(config.to_yaml())
+    assert [row[8] for row in rows_of(capsys, tmp_path / "runs")] == ["a", "a/only_eval", "b", "c"]
 
 
 def test_a_run_is_one_row_however_it_is_named(make_run, tmp_path, monkeypatch, capsys):
@@ -262,7 +269,7 @@ def test_csv_has_all_digits(make_run, tmp_path):
     assert row["method"] == "Coconut" and row["interval_low"] == ""
     assert [float(a) for a in row["accuracies"].split()] == [0.1 + 1 / 3, 0.2 + 1 / 3]
     assert float(row["standard_deviation"]) == pytest.approx(0.1 / 2**0.5)
-    assert row["epochs"] == "5 5" and row["seeds"] == "1 2" and row["n_seeds"] == "2"
+    assert row["epochs"] == "1 1" and row["seeds"] == "1 2" and row["n_seeds"] == "2"
     assert row["runs"] == f"{runs[0]}, {runs[1]}"
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from config import Config
-from models.loading import find_source, load_gpt2
+from models.loading import load_gpt2
+from models.source import find_source
 from models.weights import canonical, nanogpt_shape, read_tensors
 from scripts import export
 from text.tokenizer import load_tokenizer
@@ -332,7 +334,7 @@ def run_beside_the_hub(code: str, home: Path, setting: dict, *arguments: str) ->
 def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
     """Proxies, addresses and tokens that are wrong raise errors of libraries far below huggingface_hub."""
     code = (
-        "from startup import blas; from config import Config; from models.loading import find_source\n"
+        "from startup import blas; from config import Config; from models.source import find_source\n"
         "from utils import UserError\n"
         "try: find_source(Config(save_path='x', name='x', val_path='x', cot=True, model_id='someone/nothing'))\n"
         "except UserError as error: print(error)"
@@ -352,7 +354,7 @@ def test_a_repository_id_is_found_in_the_hub_cache_without_the_network(setting, 
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     code = (
-        "import sys; from startup import blas; from config import Config; from models.loading import find_source\n"
+        "import sys; from startup import blas; from config import Config; from models.source import find_source\n"
         "for revision in (None, sys.argv[1]):\n"
         "    named = dict(model_id='someone/tiny', model_revision=revision)\n"
         "    print(find_source(Config(save_path='x', name='x', val_path='x', cot=True, **named)).weights)"
@@ -423,17 +425,20 @@ def test_export_writes_what_the_older_mlx_port_reads(method, trained, words, tmp
 
 
 def test_a_run_directory_stands_for_its_best_checkpoint_of_the_last_stage(trained, tmp_path):
-    """Stage 0 answers with all its steps in words: its accuracy is not that of the trained method."""
+    """Stage 0 answers with all its steps in words: its accuracy is not that of the trained method.
+
+    Of equal accuracies the first is the best, as in training (`best so far`, keep_checkpoints, save_only_improve).
+    """
     for epoch, stage in ((1, 0), (2, 1), (3, 1), (4, 1)):
         folder = tmp_path / f"checkpoint_{epoch}"
         folder.mkdir()
         record = json.loads((trained.run_dir / "checkpoint_1" / "coconut.json").read_text())
         record |= {"epoch": epoch, "stage": stage}
         write_record(folder, record)
-    accuracies = {1: 0.9, 2: 0.3, 3: 0.5, 4: 0.4}
-    lines = [json.dumps({"epoch": epoch, "eval/acc": value}) for epoch, value in accuracies.items()]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert best_checkpoint(tmp_path).name == "checkpoint_3"
+    for accuracies, best in (({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.4}, 3), ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.5}, 3)):
+        lines = [json.dumps({"epoch": epoch, "eval/acc": value}) for epoch, value in accuracies.items()]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        assert best_checkpoint(tmp_path).name == f"checkpoint_{best}"
     (tmp_path / "metrics.jsonl").unlink()
     assert best_checkpoint(tmp_path).name == "checkpoint_4"
 
@@ -478,6 +483,18 @@ def test_bfloat16_arrays_of_an_npz_file(tmp_path):
     values = mx.array([1.5, -2.0]).astype(mx.bfloat16)
     mx.savez(str(tmp_path / "half.npz"), x=values)
     assert mx.array_equal(read_tensors(tmp_path / "half.npz")["x"], values).item()
+
+
+@pytest.mark.parametrize("start", [b"<", b"\x80", b"PK\0"])
+def test_a_safetensors_file_is_told_by_its_header_whatever_its_size(start, tmp_path):
+    """The file begins with the header's size, which can have the first bytes of a web page, a pickle or an archive."""
+    tensors, unit = {"wte.weight": mx.ones((2, 3))}, 256 ** len(start)
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors, {"pad": ""})
+    [size] = struct.unpack("<Q", (tmp_path / "a.safetensors").read_bytes()[:8])
+    pad = "x" * ((int.from_bytes(start, "little") - size) % unit)
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors, {"pad": pad})
+    assert (tmp_path / "a.safetensors").read_bytes().startswith(start)
+    assert read_tensors(tmp_path / "a.safetensors").keys() == tensors.keys()
 
 
 def test_a_tensor_larger_than_the_memory_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from text.stand_ins import find_stand_in
 from text.tokenizer import SPECIAL_TOKENS
 from utils import UserError, can_redraw, human_size, memory_size, read_file, warn
 
@@ -194,10 +195,8 @@ def _is_json(text: str) -> bool:
 
 def _hint(text: str) -> str:
     """Say what a file that is not JSON may be."""
-    if text.startswith("version https://git-lfs"):
-        return "; this is a Git LFS pointer, not the file itself: `git lfs pull` fetches it"
-    if text.lstrip().startswith("<"):
-        return "; this looks like an HTML page, not a data set"
+    if found := find_stand_in(text[:64].encode()):
+        return f"; this is {found[0]}, not a data set: {found[1]}"
     return "; expected a list of {question, steps, answer} objects, or one such object per line"
 
 

@@ -48,8 +48,11 @@ class Tokenizer:
         """Id of `<<`, whose embedding initializes those of the special tokens (official run.py); None without `<<`."""
         return self.ranks.get(b"<<")
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text; the name of a special token in it is plain text."""
+    def encode(self, text: str, first: bool = False) -> list[int]:
+        """Return the token ids of a text; the name of a special token in it is plain text.
+
+        first: whether the text begins a sequence. GPT-2 has no token for that.
+        """
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -126,7 +126,7 @@ def encode_example(example: Example, tokenizer: Tokenizer, layout: str = "lines"
     separator, mark, _ = LAYOUTS[layout]
     texts = (example.question + separator, *(step + separator for step in example.steps), mark + example.answer)
     # One text at a time: on texts this short tiktoken's threads take ten times as long (benchmarks/tokenize_data.py).
-    pieces = [tokenizer.encode(text) for text in texts]
+    pieces = [tokenizer.encode(text, first=i == 0) for i, text in enumerate(texts)]
     pieces[-1].append(tokenizer.eos_id)
     return pieces
 

@@ -23,7 +23,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from coconut import Coconut
 from dataset import Curriculum
-from text.tokenizer import SPECIAL_TOKENS
 from utils import UserError, crc32, sync, write_text
 
 METADATA = "coconut.json"
@@ -48,6 +47,11 @@ class TrainState:
     accuracies: dict[str, float] = field(default_factory=dict)  # of every validated epoch, by epochs done
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose version can change a result."""
+    return {"python": platform.python_version()} | {name: packages.version(name) for name in RECORDED_PACKAGES}
+
+
 def describe_run(curriculum: Curriculum, epochs_done: int, stage: int, world_size: int = 1) -> dict:
     """The metadata that every saved folder records."""
     tokenizer, config = curriculum.tokenizer, curriculum.config
@@ -58,9 +62,13 @@ def describe_run(curriculum: Curriculum, epochs_done: int, stage: int, world_siz
         "thought": config.thought,
         "curriculum": config.curriculum,
         "c_thought": curriculum.thoughts_per_step,
-        "tokenizer": {"source": tokenizer.source, "sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        "versions": {"python": platform.python_version()}
-        | {name: packages.version(name) for name in RECORDED_PACKAGES},
+        "tokenizer": {
+            "source": tokenizer.source,
+            "sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+        "versions": versions(),
         "config": config.to_dict(),
         "processes": world_size,
     }
@@ -194,9 +202,10 @@ def _run_dir(metadata: dict) -> Path:
 
 def _write_model(folder: Path, model: Coconut, metadata: dict) -> None:
     header = {"format": "pt"} | {name: str(metadata[name]) for name in ("epoch", "stage", "method")}
-    write_tensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), header)
-    end_of_text = metadata["tokenizer"]["vocab_size"] - len(SPECIAL_TOKENS)  # the special tokens follow the vocabulary
-    write_text(folder / "config.json", json.dumps(model.transformer.config.to_dict(end_of_text), indent=1))
+    for name, tensors in model.transformer.saved_tensors().items():
+        write_tensors(folder / name, tensors, header)
+    for name, text in model.transformer.saved_texts(metadata["tokenizer"]["eos_id"]).items():
+        write_text(folder / name, text)
 
 
 def _write_metadata(folder: Path, metadata: dict) -> None:

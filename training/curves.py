@@ -2,7 +2,7 @@
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -17,7 +17,8 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 GRAY = "#595959"
 INSTALL = "pip install matplotlib"
 FORMATS = (".png", ".pdf", ".svg")
-WIDTH = 6.2  # of a panel, in inches
+SIZE = (7, 5)  # of a picture, in inches
+MARGIN = 0.8  # of a picture's width: what the panels leave for their labels
 MANY = 30  # a curve with this many points or more gets small markers
 BINS = 200  # at most this many points in a training curve; each is the mean of several steps
 # The keys that a record needs to be drawn
@@ -81,7 +82,7 @@ def read_curves(run: Path, name: str | None = None) -> Curves:
         training=_bin_means(steps),
         losses=[(record["epoch"], record["eval/loss"]) for record in evaluations],
         accuracies=[(record["epoch"], record["eval/acc"]) for record in evaluations],
-        stages=_stages(evaluations + steps, _max_latent_stage(path.with_name("config.yaml"))) if steps else [],
+        stages=_stages(evaluations + steps, _read_keys(path.with_name("config.yaml"))) if steps else [],
     )
 
 
@@ -105,24 +106,35 @@ def draw(runs: list[Curves], path: Path, title: str | None = None) -> None:
 
 @contextmanager
 def drawing(path: Path):
-    """Raise RunError in the place of what matplotlib raises, which may be anything."""
+    """Draw with matplotlib's own defaults; raise RunError in the place of what it raises, which may be anything."""
     try:
-        yield
+        with _default_style():
+            yield
     except (UserError, OSError):
         raise
     except Exception as error:
         raise RunError(f"{path}: matplotlib cannot draw it ({' '.join(repr(error).split()):.200})") from error
 
 
-def make_figure(runs: list[Curves], title: str | None = None):
+def _default_style():
+    """A matplotlibrc in the current folder comes before the one that startup/settings.py names."""
+    try:
+        from matplotlib import rc_context, rcParamsDefault
+    except ImportError:
+        return nullcontext()  # new_figure says so
+    return rc_context({name: value for name, value in rcParamsDefault.items() if "backend" not in name})
+
+
+def make_figure(runs: list[Curves], title: str | None = None, size: tuple[float, float] = SIZE):
     """Draw accuracy above and loss below, over epochs. Training losses are drawn only for a single run.
 
-    Returns a matplotlib Figure.
+    size: of the picture, in inches. Returns a matplotlib Figure.
     """
     is_single = len(runs) == 1
-    figure, (above, below) = _panels()
+    figure, (above, below) = _panels(size)
     for run, color, marker in zip(runs, cycle(COLORS), cycle(MARKERS), strict=False):
-        style = {"color": color, "marker": marker, "linewidth": 1.8, "clip_on": False, "zorder": 3}
+        style = {"color": color, "marker": marker, "linewidth": 1.8, "zorder": 3}
+        style["clip_on"] = not run.losses  # a line without points has no extent: not clipped, it spoils the layout
         style["markersize"] = 5 if len(run.losses) < MANY else 3
         label = "validation" if is_single else _plain(run.name)
         above.plot(*_columns(run.accuracies), label=label, **style)
@@ -157,8 +169,8 @@ def new_figure(size: tuple[float, float]):
     return Figure(figsize=size, layout="constrained")
 
 
-def _panels():
-    figure = new_figure((7, 5))
+def _panels(size: tuple[float, float]):
+    figure = new_figure(size)
     axes = figure.subplots(2, 1, sharex=True)
     for panel in axes:
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -180,7 +192,8 @@ def _mark_stages(above, below, stages: list[tuple[str, int]], last: float) -> No
     if not stages:
         return
     begins = [begin for _, begin in stages]
-    widths = [WIDTH * (end - begin) / (last - begins[0]) for begin, end in pairwise([*begins, last])]
+    inches = above.figure.get_figwidth() - MARGIN
+    widths = [inches * (end - begin) / (last - begins[0]) for begin, end in pairwise([*begins, last])]
     word = "stage " if min(widths) > 0.65 else ""  # inches
     style = {"textcoords": "offset points", "va": "bottom", "fontsize": 9, "color": GRAY}
     if not word:
@@ -189,7 +202,7 @@ def _mark_stages(above, below, stages: list[tuple[str, int]], last: float) -> No
         for panel in (above, below) if begin > begins[0] else ():
             panel.axvline(begin, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         if width > 0.09 * len(word + stage):
-            middle = begin + width / WIDTH * (last - begins[0]) / 2
+            middle = begin + width / inches * (last - begins[0]) / 2
             above.annotate(word + stage, (middle, 1), (0, 4), xycoords=("data", "axes fraction"), ha="center", **style)
 
 
@@ -221,23 +234,34 @@ def _bin_means(records: list[dict]) -> list[tuple[float, float]]:
     ]
 
 
-def _max_latent_stage(config: Path) -> float:
-    """Read the key from the run's config.yaml; infinite if there is none, as for an evaluation or a foreign log."""
+def merged_stage(stage: float, keys: dict) -> float:
+    """A recorded stage, those past max_latent_stage as one, because they train and answer alike.
+
+    keys: the run's configuration; without one, as for a foreign log, the stage itself.
+    """
+    if keys.get("curriculum") == "tokens":
+        return stage  # tokens due, at most those of the longest chain
+    return min(stage, keys.get("max_latent_stage", math.inf) + 1)
+
+
+def _read_keys(config: Path) -> dict:
+    """The keys of the run's config.yaml; none where there is no such file, or another one."""
     try:
         keys = yaml.safe_load(config.read_bytes())
-        return math.inf if keys.get("curriculum") == "tokens" else keys["max_latent_stage"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
-        return math.inf
+    except (OSError, yaml.YAMLError):
+        return {}
+    return keys if isinstance(keys, dict) and isinstance(keys.get("max_latent_stage"), int) else {}
 
 
-def _stages(records: list[dict], max_latent_stage: float) -> list[tuple[str, int]]:
+def _stages(records: list[dict], keys: dict) -> list[tuple[str, int]]:
     """Return each stage with the number of epochs done when it begins; those past max_latent_stage are one, `4+`."""
-    begins: dict[int, int] = {}
+    begins: dict[float, int] = {}
     for record in records:
         epoch = int(record.get("train/epoch", record.get("epoch", 1)))
-        stage = min(record["stage"], max_latent_stage + 1)
+        stage = merged_stage(record["stage"], keys)
         begins[stage] = min(epoch - 1, begins.get(stage, epoch - 1))
-    return [(f"{stage}+" if stage > max_latent_stage else str(stage), begin) for stage, begin in sorted(begins.items())]
+    past = merged_stage(math.inf, keys)
+    return [(f"{stage}+" if stage == past else str(stage), begin) for stage, begin in sorted(begins.items())]
 
 
 def _plain(name: str) -> str:

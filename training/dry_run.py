@@ -1,7 +1,7 @@
 """What a run would do, without doing it: `python run.py CONFIG --dry-run`."""
 
 import time
-from itertools import groupby, islice
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -42,29 +42,24 @@ def show_plan(config, blas: str, group) -> None:
 
 def stage_lines(run: Run) -> list[str]:
     """One line for each stage of the curriculum: its epochs, what the model sees, and optimizer steps."""
-    curriculum, lines = run.curriculum, []
-    by_token = curriculum.method.drops_steps == "by token"
-    describe = _removal if by_token else _latents
-    key = (
-        (lambda epoch: curriculum.step_stage(epoch, 0, 1) == curriculum.last_removal) if by_token else curriculum.stage
-    )
-    for _, group in groupby(range(run.first_epoch, run.config.num_epochs), key=key):
-        epochs = list(group)
+    describe, lines = _removal if run.curriculum.method.drops_steps == "by token" else _latents, []
+    for epochs in run.spans:
         span = f"epoch {epochs[0] + 1}" if len(epochs) == 1 else f"epochs {epochs[0] + 1} to {epochs[-1] + 1}"
         lines.append(f"  {span}: {describe(run, epochs)}, {run.steps_per_epoch * len(epochs):,} steps")
     return lines
 
 
-def _latents(run: Run, epochs: list[int]) -> str:
+def _latents(run: Run, epochs: range) -> str:
     """The latents of a stage."""
-    curriculum, stage = run.curriculum, run.curriculum.stage(epochs[0])
+    curriculum, stage, last = run.curriculum, run.curriculum.stage(epochs[0]), run.curriculum.stage(epochs[-1])
     step_counts = run.train.tokens.step_counts()
     trained = _range({curriculum.training_counts(stage, n)[1] for n in step_counts})
     prompted = _range({curriculum.n_prompt_latents(stage, n) for n in step_counts})
-    return f"stage {stage}, {trained} {curriculum.method.latents} in training and {prompted} in evaluation"
+    name = f"stage {stage}" if stage == last else f"stages {stage} to {last}"
+    return f"{name}, {trained} {curriculum.method.latents} in training and {prompted} in evaluation"
 
 
-def _removal(run: Run, epochs: list[int]) -> str:
+def _removal(run: Run, epochs: range) -> str:
     """How much of the written chain is gone in some epochs of an iCoT run."""
     first, last = run.curriculum.step_stage(epochs[0], 0, 1), run.curriculum.stage(epochs[-1])
     if first == run.curriculum.last_removal:
@@ -77,20 +72,23 @@ def estimate_lines(run: Run) -> list[str]:
 
     Between the two a step's time is taken to grow with the thoughts.
     """
-    latents = most_latents(run)  # by epoch
-    first, most = min(latents), max(latents, key=latents.get)
+    latents = [most_latents(run, epochs[0]) for epochs in run.spans]
+    first, most = run.spans[0][0], run.spans[latents.index(max(latents))][0]
+    timed = list(dict.fromkeys((first, most)))  # epochs
     mx.reset_peak_memory()
-    seconds = {latents[epoch]: measured_step(run, epoch) for epoch in dict.fromkeys((first, most))}
+    seconds = {most_latents(run, epoch): measured_step(run, epoch) for epoch in timed}
     counts = sorted(seconds)
-    step_seconds = [np.interp(n, counts, [seconds[n] for n in counts]) for n in latents.values()]
+    step_seconds = np.interp(latents, counts, [seconds[n] for n in counts])  # [spans]
+    n_epochs = [len(epochs) for epochs in run.spans]
+    training = float(np.dot(step_seconds, n_epochs)) * run.steps_per_epoch
     shown = " and ".join(
-        f"{seconds[latents[epoch]]:.2f} s a step at stage {run.curriculum.stage(epoch)}"
-        for epoch in dict.fromkeys((first, most))
+        f"{seconds[most_latents(run, epoch)]:.2f} s a step at stage {run.curriculum.stage(epoch)}" for epoch in timed
     )
     evaluation = measured_evaluation(run, most)
+    evaluations = human_time(evaluation * sum(n_epochs))
     return [
-        f"time:  {shown}, so about {human_time(sum(step_seconds) * run.steps_per_epoch)} of training",
-        f"       and up to {human_time(evaluation * len(latents))} of evaluation ({human_time(evaluation)} each, where "
+        f"time:  {shown}, so about {human_time(training)} of training",
+        f"       and up to {evaluations} of evaluation ({human_time(evaluation)} each, where "
         "all answers are as long as they may be)",
         f"memory: {human_size(mx.get_peak_memory())} at its peak",
     ]
@@ -123,11 +121,10 @@ def measured_evaluation(run: Run, epoch: int) -> float:
     return (answers + (middle - started) * count_batches(len(data), config)) / run.group.world_size
 
 
-def most_latents(run: Run) -> dict[int, int]:
-    """For each epoch of the run the most thoughts of a training item, without those that uniform_prob draws."""
-    curriculum, counts = run.curriculum, run.train.tokens.step_counts()
-    epochs = range(run.first_epoch, run.config.num_epochs)
-    return {epoch: max(curriculum.training_counts(curriculum.stage(epoch), n)[1] for n in counts) for epoch in epochs}
+def most_latents(run: Run, epoch: int) -> int:
+    """The most thoughts of a training item in an epoch, without those that uniform_prob draws."""
+    stage, counts = run.curriculum.stage(epoch), run.train.tokens.step_counts()
+    return max(run.curriculum.training_counts(stage, n)[1] for n in counts)
 
 
 def _range(counts: set[int]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from coconut import Batch, Coconut
 from dataset import Curriculum, Data, count_batches, loss_batches, prompt_batches
 from parallel.distributed import ALONE, Group
-from parallel.streams import map_streams, n_streams
+from parallel.streams import map_streams, n_streams, on_gpu
 from text.reader import Example
 from utils import Progress
 
@@ -140,7 +140,8 @@ class Evaluator:
         with Progress(total=n_own, desc="Answers", unit=" items", leave=False) as bar:
             for indices, batch in batches:
                 outputs = self.model.generate(batch.to_mlx(), limit, self.tokenizer.eos_id)
-                mx.clear_cache()
+                if not on_gpu():  # which has a limit for freed buffers
+                    mx.clear_cache()
                 rows = np.full((len(indices), 2 + limit), -1, np.int32)
                 rows[:, 0], rows[:, 1] = indices, batch.latent_mask.sum(axis=1)
                 for row, index, ids in zip(rows, indices, outputs, strict=True):

@@ -11,6 +11,7 @@ from config import FIELDS, Config
 from parallel.streams import n_streams
 from text.tokenizer import Tokenizer
 from training.checkpoint import METADATA, Damaged, TrainState, find_damage, read_metadata, remove_folder
+from training.curves import merged_stage
 from utils import UserError, human_size, read_records, warn
 
 CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
@@ -181,7 +182,8 @@ def best_checkpoint(run_dir: Path) -> Path:
 
     Earlier stages answer with other numbers of thoughts, so their accuracy says nothing about the trained method.
     Stages past max_latent_stage count as one: the prompts are the same. The accuracies are those in the saved folders,
-    which have checksums; for epochs that these do not hold (old runs), those in metrics.jsonl. Without any, the newest.
+    which have checksums; for epochs that these do not hold (old runs), those in metrics.jsonl. Of equal ones the first
+    counts, as in training. Without any, the newest.
     """
     saved = sorted(_candidates(run_dir, []), key=Saved.progress)
     found = [s for s in saved if s.metadata and not s.is_state]
@@ -191,11 +193,24 @@ def best_checkpoint(run_dir: Path) -> Path:
     for one in saved:
         accuracy |= recorded_accuracies(one.metadata)
 
-    def rank(s: Saved) -> tuple[int, float, int]:
-        stage = merged_stage(s.metadata["stage"], s.metadata["config"])
-        return stage, accuracy.get(s.epochs_done, -1.0), s.epochs_done
+    def rank(s: Saved) -> tuple[float, float, int]:
+        stage, epoch = merged_stage(s.metadata["stage"], s.metadata["config"]), s.epochs_done
+        return (stage, accuracy[epoch], -epoch) if epoch in accuracy else (stage, -1.0, epoch)
 
     return max(found, key=rank).path
+
+
+def best_evaluation(evaluations: list[dict], keys: dict | None) -> dict:
+    """The record in metrics.jsonl of the checkpoint that best_checkpoint chooses: of equal ones the first.
+
+    keys: the run's configuration; without one, stages past max_latent_stage do not count as one.
+    """
+
+    def rank(record: dict) -> tuple[float, float, int]:
+        stage = merged_stage(record["stage"], keys) if keys else record["stage"]
+        return stage, record["eval/acc"], -record["epoch"]
+
+    return max(evaluations, key=rank)
 
 
 def check_disk(config: Config, model_bytes: int, epochs_done: int) -> str:
@@ -294,13 +309,6 @@ def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
 def _note_damage(text: str, damaged: list[str]) -> None:
     damaged.append(text)
     warn(f"{text}; going back to the one before it")
-
-
-def merged_stage(stage: int, keys: dict) -> int:
-    """A recorded stage, those past max_latent_stage as one; keys: the run's configuration."""
-    if keys.get("curriculum") == "tokens":
-        return stage  # tokens due, at most those of the longest chain
-    return min(stage, keys["max_latent_stage"] + 1)
 
 
 def _logged_accuracies(run_dir: Path) -> dict[int, float]:

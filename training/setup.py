@@ -14,12 +14,15 @@ from coconut import Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, count_batches, warn_of_shared_questions
 from methods import METHOD_KEYS
-from models.loading import Source, find_source, load_gpt2
+from models.gpt2 import GPT2Config
+from models.loading import find_tokenizer, load_model
+from models.precision import name_precision
+from models.source import Source, find_source
 from parallel.distributed import ALONE, Group, parameter_digest
 from parallel.streams import n_streams, on_gpu
-from text.tokenizer import load_tokenizer
 from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
+from training.memory import check_memory
 from utils import UserError, say, warn, write_text
 
 # What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
@@ -58,10 +61,17 @@ class Run:
         """The epoch to start with; the key `resume` counts only in a fresh directory (official run.py)."""
         return self.saved.state.epoch if self.saved else self.config.resume
 
+    @cached_property
+    def spans(self) -> list[range]:
+        """The epochs of this start, those that train alike together."""
+        epochs = range(self.first_epoch, self.config.num_epochs)
+        return list(self.curriculum.spans(epochs, self.train.tokens.step_counts()[-1]))
+
     def metadata(self, epochs_done: int, stage: int) -> dict:
         """What a checkpoint written now says about itself."""
         facts = describe_run(self.curriculum, epochs_done, stage, self.group.world_size)
-        return facts | {"contents": self.contents, "streams": n_streams()}
+        precision = name_precision(self.config.bf16)
+        return facts | {"contents": self.contents, "streams": n_streams(), "precision": precision}
 
 
 def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
@@ -106,9 +116,10 @@ def output_directory(config: Config) -> Path:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
     apart = "debug" if config.debug else "only_eval" if config.only_eval else None
-    if apart and config.run_dir.is_dir() and resume.holds_training(config.run_dir):
-        return config.run_dir / apart
-    return config.run_dir
+    if not apart or not config.run_dir.is_dir():
+        return config.run_dir
+    has_begun = config.only_eval and (config.run_dir / "first_batch.txt").is_file()  # but has not saved anything
+    return config.run_dir / apart if has_begun or resume.holds_training(config.run_dir) else config.run_dir
 
 
 def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
@@ -118,7 +129,7 @@ def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
     """
     saved = _find_saved(config)
     source = find_source(config, saved.path if saved else _best_of_named_run(config))
-    tokenizer = load_tokenizer(config.tokenizer, source.folder)
+    tokenizer = find_tokenizer(source, config)
     if saved:
         for note in resume.check_same_run(saved, config, group.world_size):
             say(f"note: changed since the last start: {note}")
@@ -130,7 +141,7 @@ def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
             resume.check_form(folder, config)
         resume.check_tokenizer(folder, tokenizer)
         config = as_trained(config, folder)
-    curriculum, n_positions = Curriculum(config, tokenizer), source.gpt2.n_positions
+    curriculum, n_positions = Curriculum(config, tokenizer), source.shape.n_positions
     valid = Data(config.val_path, curriculum, n_positions, debug_limit=32)
     train = None
     if not config.only_eval:
@@ -140,7 +151,7 @@ def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
     contents = content_digests(config, train, valid)
     if saved:
         resume.check_contents(saved, contents, config)
-    transformer = load_gpt2(source, config, tokenizer)
+    transformer = load_model(source, config, tokenizer)
     transformer.grad_checkpoint = config.grad_checkpoint
     return Run(config, source, curriculum, Coconut(transformer), train, valid, saved, contents, group)
 
@@ -189,18 +200,25 @@ def print_summary(run: Run, blas: str) -> None:
     """The run's first lines: what it is, on what device, with what data, and where it writes."""
     config, shape = run.config, run.model.transformer.config
     n = n_streams()
-    device = "GPU" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
+    device = f"GPU ({name_precision(config.bf16)})" if on_gpu() else f"CPU ({blas}, {n} stream{'s' * (n != 1)})"
     length = "evaluation only" if config.only_eval else f"{config.num_epochs} epochs"
-    n_parameters = sum(array.size for _, array in tree_flatten(run.model.parameters()))
+    n_parameters, n_trained = (
+        sum(array.size for _, array in tree_flatten(tree))
+        for tree in (run.model.parameters(), run.model.trainable_parameters())
+    )
+    trained = f", {n_trained:,} of them train" if n_trained < n_parameters else ""
     sizes = f"{len(run.valid):,} items of {config.val_path}"
     if run.train:
         sizes = f"{len(run.train):,} training items of {config.train_path}, {sizes}"
     say(f"run:   {config.name}, {config.method.name}, {length}, on {device}")
-    say(f"model: {n_parameters:,} parameters ({shape.n_layer} layers, {shape.n_embd} wide) from {run.source}")
+    size = f"{shape.n_layer} layers, {shape.n_embd} wide"
+    say(f"model: {n_parameters:,} parameters ({size}{trained}) from {run.source}")
     say(f"data:  {sizes}; vocabulary from {run.curriculum.tokenizer.source}")
     say(f"files: {run.directory}")
-    if disk := resume.check_disk(config, 4 * n_parameters, run.first_epoch):
+    if disk := resume.check_disk(config, 4 * n_trained, run.first_epoch):
         say(disk)
+    if run.train and on_gpu() and isinstance(shape, GPT2Config):
+        check_memory(shape, config, run.train.tokens, run.curriculum)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
@@ -212,12 +230,14 @@ def print_summary(run: Run, blas: str) -> None:
 
 def trains_no_thought(curriculum: Curriculum, first_epoch: int, counts: Sequence[int]) -> bool:
     """Whether a method that thinks never does so in the epochs of a run; counts: the numbers of steps of its items."""
+    if not curriculum.thoughts_per_step:
+        return curriculum.method.thinks  # c_thought 0
     config = curriculum.config
-    stages = {curriculum.stage(epoch) for epoch in range(first_epoch, config.num_epochs)}
+    spans = list(curriculum.spans(range(first_epoch, config.num_epochs), max(counts)))
+    stages = {curriculum.stage(epochs[0]) for epochs in spans}
     if config.uniform_prob:
         stages |= set(range(max(counts) + 1))
-    latents = [curriculum.training_counts(stage, n)[1] for stage in stages for n in counts]
-    return bool(latents) and curriculum.method.thinks and not any(latents)
+    return bool(spans) and not any(curriculum.training_counts(stage, n)[1] for stage in stages for n in counts)
 
 
 def thoughts_of(values: Mapping) -> dict:

@@ -1,7 +1,7 @@
 """The optimizer and one optimizer step."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from itertools import islice
 from typing import NamedTuple
@@ -12,12 +12,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from coconut import Coconut
+from coconut import Batch, Coconut
 from config import Config
 from dataset import Chunk
 from models.precision import compute_dtype, computing_in
 from parallel.distributed import ALONE, Group
-from parallel.streams import map_streams
+from parallel.streams import map_streams, on_gpu
 from utils import RunError
 
 MicroBatch = list[Chunk]
@@ -59,6 +59,9 @@ class TrainStep:
                 return model(batch) * loss_weight
 
         self._loss_and_gradient = nn.value_and_grad(model, weighted_loss)
+        if on_gpu():
+            self._loss_and_gradient = compiled(model, self._loss_and_gradient)
+            self._updated = mx.compile(self._updated)
 
     def __call__(self, micro_batches: list[MicroBatch], epoch: int, number: int, learning_rate: float) -> StepResult:
         """Take step `number` of an epoch, both counted from 0.
@@ -75,33 +78,60 @@ class TrainStep:
             problem = diverged(f"the loss is {loss} in epoch {epoch + 1}, step {number}")
             self.group.agree(problem)  # all ranks come here, one prints it
         gradient = self.group.all_sum(gradient)
+        self.optimizer.learning_rate = learning_rate
+        parameters, state, norm = self._updated(self.model.trainable_parameters(), self.optimizer.state, gradient)
+        self.model.update(parameters)
+        self.optimizer.state = state
+        mx.eval(parameters, state, norm)
+        return StepResult(loss, int(n_tokens), norm.item())
+
+    def _updated(self, parameters, state, gradient):
+        """(parameters, optimizer state, norm of the gradient before clipping) after an update."""
         norm = gradient_norm(gradient)
         if self.config.max_grad_norm is not None:
             gradient = clipped(gradient, norm, self.config.max_grad_norm)
-        self.optimizer.learning_rate = learning_rate
-        self.optimizer.update(self.model, gradient)
-        mx.eval(self.model.parameters(), self.optimizer.state, norm)
-        return StepResult(loss, int(n_tokens), norm.item())
+        self.optimizer.state = state
+        parameters = self.optimizer.apply_gradients(gradient, parameters)
+        return parameters, self.optimizer.state, norm
 
     def _accumulate(self, micro_batches: list[MicroBatch]):
         """Mean loss of the micro-batches, and the sum of their gradients / gradient_accumulation_steps.
 
-        A smaller last group is divided by the full count too, as the official run.py does. Each micro-batch is
-        evaluated before the next is built, so that memory holds the activations of one; its chunks are evaluated
-        together.
+        A smaller last group is divided by the full count too, as the official run.py does. Each micro-batch has ended
+        before the next is started, so that memory holds the activations of one; a GPU works on one while the next is
+        built. The chunks of one are evaluated together.
         """
-        n = self.config.gradient_accumulation_steps
+        n, start = self.config.gradient_accumulation_steps, mx.async_eval if on_gpu() else mx.eval
         losses, total = [], None
         for chunks in micro_batches:
             results = map_streams(
-                lambda chunk: self._loss_and_gradient(chunk.batch.to_mlx(), chunk.loss_weight), chunks
+                lambda chunk: self._loss_and_gradient(chunk.batch.to_mlx(), chunk.loss_weight / n), chunks
             )
-            gradients = [tree_map(lambda g: g / n, g) if n > 1 else g for _, g in results]
+            gradients = [gradient for _, gradient in results]
+            mx.eval(losses, total)
             total = reduce(lambda a, b: tree_map(mx.add, a, b), gradients if total is None else [total, *gradients])
-            loss = sum(loss for loss, _ in results)
-            mx.eval(loss, total)
-            losses.append(loss.item())
-        return sum(losses) / len(losses), total
+            losses.append(sum(loss for loss, _ in results))
+            start(losses[-1], total)
+        return sum(loss.item() for loss in losses) * n / len(losses), total
+
+
+def compiled(model: Coconut, loss_and_gradient: Callable) -> Callable:
+    """A function of (batch, loss_weight) compiled by MLX, once for each shape of a batch.
+
+    On a GPU a third fewer kernels, most of whose element-wise passes are one. The model's parameters and the random
+    state are inputs, so the function stays right when they change.
+    """
+
+    def pure(parameters, batch, loss_weight):
+        own = model.parameters()
+        model.update(parameters)
+        try:
+            return loss_and_gradient(Batch(*batch), loss_weight)
+        finally:
+            model.update(own)
+
+    function = mx.compile(pure, inputs=mx.random.state, outputs=mx.random.state)
+    return lambda batch, loss_weight: function(model.parameters(), tuple(batch), mx.array(loss_weight))
 
 
 def diverged(what: str) -> RunError:

@@ -42,6 +42,7 @@ class Trainer:
         self.config, self.curriculum, self.group = run.config, run.curriculum, run.group
         self.state = run.saved.state if run.saved else TrainState(epoch=run.config.resume)
         self.optimizer = new_optimizer(run.model, run.config)
+        self.take_step = TrainStep(run.model, self.optimizer, run.config, run.group)  # keeps what it has compiled
         self.last_save = self.last_drawing = time.monotonic()
         self.state_folder: Path | None = None  # the newest state on disk
         self._resume()
@@ -80,7 +81,6 @@ class Trainer:
             return  # resumed between training and validation
         if state.step == 0 and self.group.is_main:
             self._show_first_batch()
-        step = TrainStep(run.model, self.optimizer, self.config, self.group)
         skip = state.step * self.config.gradient_accumulation_steps
         batches = training_batches(run.train.tokens, self.curriculum, state.epoch, self.group, skip)
         n_tokens, started, earlier = 0, time.monotonic(), state.train_seconds
@@ -88,8 +88,8 @@ class Trainer:
         with Progress(total=n_steps, initial=state.step, desc=title, unit=" steps") as bar:
             for micro_batches in group_batches(batches, self.config):
                 if self._resets_optimizer():
-                    self.optimizer = step.optimizer = new_optimizer(run.model, self.config)
-                result = step(micro_batches, state.epoch, state.step, self._learning_rate())
+                    self.optimizer = self.take_step.optimizer = new_optimizer(run.model, self.config)
+                result = self.take_step(micro_batches, state.epoch, state.step, self._learning_rate())
                 self._log_step(result)
                 state.step += 1
                 n_tokens += result.n_tokens
@@ -144,6 +144,8 @@ class Trainer:
 
     def _log_step(self, result: StepResult) -> None:
         epoch, step, per_epoch = self.state.epoch, self.state.step, self.run.steps_per_epoch
+        if not math.isfinite(result.gradient_norm):  # on all ranks
+            self.group.agree(diverged(f"the gradient is {result.gradient_norm} in epoch {epoch + 1}, step {step}"))
         self.metrics.log({
             "train/epoch": epoch + 1, "train/step": epoch * per_epoch + step, "train/loss": result.loss,
             "train/lr": self._learning_rate(), "train/grad_norm": result.gradient_norm,
@@ -248,7 +250,8 @@ def train(run: Run) -> None:
 
 
 def evaluate_once(run: Run) -> None:
-    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl and predictions_N.jsonl.
+    """Evaluate at the stage that `resume` gives, else the checkpoint's; write metrics.jsonl, predictions_N.jsonl and
+    config.yaml.
 
     N is `resume`, as in the official code, or the number of epochs that the checkpoint was trained for.
     """
@@ -258,6 +261,8 @@ def evaluate_once(run: Run) -> None:
     metrics = MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
     with metrics, StopSignals() as stop:
         evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), stop)
+    if run.group.is_main:  # now it is about the newest record
+        write_text(run.directory / "config.yaml", config.to_yaml())
 
 
 def evaluate(

@@ -1,0 +1,466 @@
+"""What runs on GPUs alone, on the device there is: on a CPU the same code with `on_gpu` saying yes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+from coconut import Coconut
+from config import Config
+from dataset import TrainingSequence, alike_micro_batches, collate, micro_batch
+from models import ops
+from models.cache import BufferedCache, make_cache
+from models.gpt2 import GPT2, GPT2Config
+from models.precision import computing_in
+from parallel import streams
+from parallel.distributed import ALONE
+from parallel.streams import on_gpu, use_device
+from startup import settings
+from training import memory
+from training.step import TrainStep, compiled, new_optimizer
+from utils import UserError
+
+
+@pytest.fixture
+def gpu_code(monkeypatch):
+    """Every module believes that there is a GPU; nothing is compiled, which on a CPU takes a C++ compiler and time."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "on_gpu", None) is on_gpu:
+            monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80_000_000_000})
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def rows() -> list[TrainingSequence]:
+    """A batch with zero to three latents and padding on both sides; (tokens, first latent, latents, labels from)."""
+    rng = np.random.default_rng(0)
+    shapes = [(20, 12, 3, 15), (9, 3, 1, 6), (24, 5, 0, 9), (16, 10, 2, 12)]
+    return [TrainingSequence(rng.integers(0, 50, n).astype(np.int32), *facts) for n, *facts in shapes]
+
+
+# The device and its precision
+
+
+@pytest.mark.parametrize(("kind", "index", "expected"), [(mx.gpu, 0, True), (mx.gpu, 1, True), (mx.cpu, 0, False)])
+def test_any_gpu_counts_as_one(kind, index, expected, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(kind, index))
+    assert on_gpu() == expected
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "CPU", ""])
+def test_an_unknown_device_is_one_clear_error(wanted):
+    with pytest.raises(UserError, match=f"COCONUT_DEVICE: expected cpu or gpu, found '{wanted}'"):
+        use_device(wanted)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(streams, "on_gpu", lambda: False)
+    with pytest.raises(UserError, match="COCONUT_DEVICE: expected cpu, found 'gpu'"):
+        use_device("gpu")
+
+
+def test_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(mx, "set_default_device", chosen.append)
+    use_device(None)
+    use_device("cpu")
+    assert chosen == [mx.cpu]
+
+
+@pytest.mark.parametrize(
+    ("keys", "variable", "expected"),
+    [
+        ({}, None, "float32"),
+        ({"tf32": True}, None, "TF32"),
+        ({}, "1", "TF32"),
+        ({"tf32": True}, "0", "float32"),
+        ({"bf16": True}, None, "bfloat16"),
+    ],
+)
+def test_products_are_float32_unless_the_run_says_otherwise(
+    keys, variable, expected, gpu_code, shared_tiny, call_main, monkeypatch, tmp_path
+):
+    """In the environment that MLX reads, in the run's first line, and in the checkpoint."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    os.environ.pop("MLX_ENABLE_TF32", None)
+    if variable:
+        os.environ["MLX_ENABLE_TF32"] = variable
+    outcome = call_main(shared_tiny.config(save_path=tmp_path, num_epochs=1, **keys))
+    assert outcome.status == 0, outcome.err
+    assert f"on GPU ({expected})" in outcome.out.splitlines()[0]
+    metadata = json.loads((tmp_path / "tiny" / "checkpoint_1" / "coconut.json").read_text())
+    assert metadata["precision"] == expected
+    assert os.environ.get("MLX_ENABLE_TF32") == (variable or (None if "tf32" in keys else "0"))
+
+
+def test_a_cuda_build_without_a_driver_is_one_sentence(tmp_path):
+    """MLX's CUDA build cannot be imported there."""
+    fault = "cudaMallocManaged(&data, size) failed: CUDA driver version is insufficient"
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text(f"raise ImportError({fault!r})")
+    (tmp_path / "mlx_cuda_13-0.32.4.dist-info").mkdir()
+    (tmp_path / "mlx_cuda_13-0.32.4.dist-info" / "METADATA").write_text("Name: mlx-cuda-13\nVersion: 0.32.4\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "--help"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: this CUDA build of MLX does not load here ({fault}). It needs an NVIDIA")
+    assert "mlx[cpu]" in done.stderr and done.stderr.count("\n") == 1
+
+
+# bfloat16: sums over many tokens are float32
+
+
+def small_gpt2(**keys) -> GPT2:
+    mx.random.seed(0)
+    shape = {"vocab_size": 50, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+    return GPT2(GPT2Config(**shape | keys))
+
+
+def bfloat16_gradient(model: GPT2, loss) -> dict[str, mx.array]:
+    """The gradient of a loss of a model that computes in bfloat16, by parameter."""
+    wrapped = Coconut(model)
+
+    def computed() -> mx.array:
+        with computing_in(wrapped, mx.bfloat16):
+            return loss(model)
+
+    gradient = nn.value_and_grad(wrapped, computed)()[1]
+    return {name.removeprefix("transformer."): array for name, array in tree_flatten(gradient)}
+
+
+N_ROWS = 6001  # a bfloat16 sum of ones ends at 256
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("h.0.attn.c_proj.bias", lambda model: model.h[0].attn.c_proj(mx.ones((N_ROWS, 16))).sum()),
+        ("h.0.ln_1.bias", lambda model: model.h[0].ln_1(mx.ones((N_ROWS, 16))).sum()),
+        ("wte.weight", lambda model: model.embed(mx.ones((N_ROWS,), dtype=mx.int32)).sum()),
+    ],
+)
+def test_gradients_of_biases_norms_and_embeddings_are_float32_sums(name, loss):
+    found = bfloat16_gradient(small_gpt2(), loss)[name]
+    assert found.dtype == mx.float32 and found.max().item() == N_ROWS
+
+
+def test_products_are_bfloat16_and_what_is_added_up_is_float32():
+    model = Coconut(small_gpt2(n_layer=1)).eval()
+    with computing_in(model, mx.bfloat16):
+        narrow = {name for name, array in tree_flatten(model.parameters()) if array.dtype == mx.bfloat16}
+        hidden = model.transformer(model.transformer.embed(mx.array([[1, 2]])), plain_cache(model, 1, 2))
+        assert hidden.dtype == model.transformer.logits(hidden).dtype == mx.float32
+        assert model.transformer.h[0].mlp.c_fc(hidden).dtype == mx.bfloat16
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert narrow == {f"transformer.h.0.{part}.weight" for part in parts}
+
+
+def plain_cache(model: Coconut, n_rows: int, n_columns: int) -> list:
+    """An empty cache for rows without padding."""
+    return model.transformer.make_cache(mx.ones((n_rows, n_columns), dtype=mx.bool_), mx.zeros(n_rows, dtype=mx.int32))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_gelu_is_computed_in_float32(dtype, gpu_code):
+    """The numbers of the CPU's GELU, rounded once."""
+    x = mx.arange(-6, 6, 0.01).astype(dtype)
+    for function in (ops.gelu_new, lambda x: mx.grad(lambda x: ops.gelu_new(x).astype(mx.float32).sum())(x)):
+        reference = mx.grad(lambda x: ops._gelu_and_gate(x)[0].sum()) if function is not ops.gelu_new else None
+        expected = reference(x.astype(mx.float32)) if reference else ops._gelu_and_gate(x.astype(mx.float32))[0]
+        atol = 1e-6 if dtype == mx.float32 else 0
+        found = function(x)
+        assert found.dtype == dtype
+        assert mx.allclose(found, expected.astype(dtype), atol=atol, rtol=1e-5 if atol else 2**-8).item()
+
+
+# Masks
+
+
+def test_every_column_of_a_pass_may_attend_to_something(rows):
+    batch = collate(rows, pad_id=0)
+    assert batch.left_padding.max() > 0  # and there is padding on both sides
+    cache = make_cache(1, mx.array(batch.attention_mask), mx.array(batch.left_padding))[0]
+    mask = np.array(cache.make_mask(batch.attention_mask.shape[1]))
+    assert mask.any(axis=-1).all()
+    padding_seen = mask[:, 0] & ~batch.attention_mask[:, None]  # [B, T, S]
+    assert (padding_seen == np.eye(padding_seen.shape[1], dtype=bool) * ~batch.attention_mask[:, None]).all()
+
+
+def test_minus_infinity_in_masks_gives_no_nan(rows, monkeypatch):
+    """What MLX's attention does on CUDA with a mask of booleans, in float32 and bfloat16."""
+
+    def fused(q, k, v, scale, mask):
+        scores = (q * scale) @ k.swapaxes(-1, -2) + mx.where(mask, 0, -mx.inf)
+        return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    model = Coconut(small_gpt2()).eval()
+    expected = model(collate(rows, pad_id=0).to_mlx())
+    assert mx.isfinite(expected).item()
+    with computing_in(model, mx.bfloat16):
+        assert model(collate(rows, pad_id=0).to_mlx()).item() == pytest.approx(expected.item(), rel=0.02)
+
+
+# The same step
+
+
+def test_a_gpus_step_equals_the_cpus(rows, monkeypatch):
+    """Loss and gradient of a mixed batch, with the dropout whose masks both draw alike: all but attention's."""
+    found = []
+    for answer in (False, True):
+        monkeypatch.setattr(ops, "on_gpu", lambda answer=answer: answer)
+        model, batch = Coconut(small_gpt2(attn_pdrop=0.0)).train(), collate(rows, pad_id=0).to_mlx()
+        mx.random.seed(3)
+        loss, gradient = nn.value_and_grad(model, lambda batch, model=model: model(batch))(batch)
+        found.append((loss.item(), dict(tree_flatten(gradient))))
+    (loss, gradient), (other_loss, other_gradient) = found
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for name, expected in gradient.items():
+        assert mx.allclose(other_gradient[name], expected, atol=1e-5, rtol=1e-4).item(), name
+
+
+@pytest.mark.parametrize("n_first", [20, 12])
+def test_a_gpus_attention_equals_the_cpus(n_first, gpu_code):
+    """With dropout, over one piece and two. A CPU draws a mask for each block of queries, from a key of its own."""
+    mx.random.seed(1)
+    kv, q = mx.random.normal((2, 2, 2, 20, 8)), mx.random.normal((2, 2, 20, 8))
+    mask, key, dropout = mx.tril(mx.ones((1, 1, 20, 20))).astype(mx.bool_), mx.random.key(2), ops.Dropout(0.3)
+
+    def in_pieces(q, kv):
+        pieces = [piece for piece in mx.split(kv, [n_first], axis=3) if piece.size]
+        out, (first, *later) = ops.attention_in_pieces(q, tuple(pieces), mask, dropout, mx.random.split(key, 1)[0])
+        assert first.shape == pieces[0].shape and len(later) == len(pieces) - 1
+        return (out * mx.arange(8)).sum() + 3 * first.sum()
+
+    def whole(q, kv):
+        return (ops.attention(q, *kv, mask, dropout, key) * mx.arange(8)).sum() + 3 * kv[:, :, :, :n_first].sum()
+
+    found, expected = (mx.value_and_grad(function, argnums=(0, 1))(q, kv) for function in (in_pieces, whole))
+    for (_, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.allclose(one, other, atol=1e-4, rtol=1e-5).item()
+
+
+def train(
+    rows: list[list[TrainingSequence]], steps: int, grad_checkpoint: bool = False
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses and weights of some steps on these micro-batches; a new optimizer before the last one."""
+    mx.random.seed(0)
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    model = Coconut(small_gpt2(**rates))
+    model.transformer.grad_checkpoint = grad_checkpoint
+    config = Config(save_path="", name="", val_path="", gradient_accumulation_steps=len(rows), max_grad_norm=1.0)
+    optimizer = new_optimizer(model, config)
+    take_step, losses = TrainStep(model, optimizer, config), []
+    for number in range(steps):
+        if number == steps - 1:
+            take_step.optimizer = new_optimizer(model, config)
+        cut = alike_micro_batches if streams.on_gpu() else lambda rows, *rest: [micro_batch(r, *rest) for r in rows]
+        losses.append(take_step(cut(rows, ALONE, 0), 0, number, 1e-2).loss)
+    return losses, {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_steps_with_sorted_rows_equal_the_cpus(grad_checkpoint, rows, request):
+    """Micro-batches of unlike sizes, two shapes, a clipped gradient, a learning rate and an optimizer that change."""
+    micro_batches = [rows[:3], rows[3:] + rows[:1] * 2, rows[1:2]]
+    losses, weights = train(micro_batches, 4)
+    request.getfixturevalue("gpu_code")
+    other_losses, other_weights = train(micro_batches, 4, grad_checkpoint)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    compare_weights(other_weights, weights)
+
+
+def test_alike_rows_are_together_and_keep_their_weights(gpu_code):
+    """The sum of weights of every label is that of its own micro-batch; long rows come last."""
+    rng = np.random.default_rng(0)
+    lengths = [[9, 40, 12], [33, 70], [8]]
+    step = [
+        [TrainingSequence(rng.integers(0, 50, n).astype(np.int32), n - 4, 2, n - n // 4) for n in part]
+        for part in lengths
+    ]
+    chunks = [chunk for [chunk] in alike_micro_batches(step, ALONE, pad_id=0)]
+    assert [sorted(c.batch.attention_mask.sum(axis=1).tolist()) for c in chunks] == [[8, 9], [12, 33], [40, 70]]
+    found = {}
+    for chunk in chunks:
+        assert chunk.loss_weight == pytest.approx(chunk.batch.label_mask.sum(), rel=1e-6)
+        for position, weight in zip(chunk.batch.label_positions, chunk.batch.label_mask, strict=True):
+            row = int(position) // chunk.batch.input_ids.shape[1]
+            n = int(chunk.batch.attention_mask[row].sum())
+            found[n] = found.get(n, 0.0) + float(weight)
+    for part in lengths:
+        total = sum(n // 4 for n in part)
+        assert [found[n] for n in part] == pytest.approx([n // 4 / total for n in part], rel=1e-6)
+
+
+def test_a_rank_with_too_few_rows_takes_as_many_micro_batches(rows, gpu_code):
+    """What it lacks counts nothing."""
+    step = [rows[:1], rows[1:2], rows[2:3]]
+    for rank in (0, 1):
+        chunks = [
+            chunk
+            for [chunk] in alike_micro_batches(
+                step, SimpleNamespace(shard=lambda items, rank=rank: items[rank::2]), pad_id=0
+            )
+        ]
+        assert len(chunks) == 3
+        assert sum(c.loss_weight for c in chunks) == pytest.approx(3.0 if rank == 0 else 0.0)
+
+
+def test_shapes_repeat_on_a_gpu(rows, gpu_code):
+    batch = collate(rows, pad_id=0)
+    assert batch.input_ids.shape[1] % 32 == batch.first_latent % 32 == len(batch.labels) % 512 == 0
+
+
+def test_dropout_of_one_column_draws_all_masks_at_once(gpu_code):
+    """At the rates asked for, other masks in every layer, and other ones at the next call of a compiled function."""
+    model = small_gpt2(n_embd=64, embd_pdrop=0.0, attn_pdrop=0.25, resid_pdrop=0.5)
+    keys = model._masks_at_once(ops.random_keys(2), (40, 1, 1, 30))
+    assert [mask.shape for mask in keys] == [(40, 2, 1, 30), (40, 1, 64), (40, 1, 64)] * 2
+    for mask, rate in zip(keys, [0.25, 0.5, 0.5] * 2, strict=True):
+        assert 1 - mask.mean().item() == pytest.approx(rate, abs=0.04)
+    assert not any(mx.array_equal(keys[i], keys[j]).item() for i, j in [(0, 3), (1, 2), (1, 4)])
+
+
+needs_compiler = pytest.mark.skipif(not (on_gpu() or shutil.which("g++")), reason="MLX compiles with g++ on a CPU")
+
+
+@needs_compiler
+def test_compiled_steps_equal_those_that_are_not(rows, gpu_code):
+    """With a new optimizer before the last one, and two shapes."""
+    micro_batches = [rows[:3], rows[1:] + rows[:1] * 2]
+    losses, weights = train(micro_batches, 3)
+    mx.enable_compile()
+    other_losses, other_weights = train(micro_batches, 3)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    compare_weights(other_weights, weights)
+
+
+def compare_weights(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Equal within 2e-4, but for the keys' biases: a softmax does not change with them, so Adam follows noise."""
+    for name, value in expected.items():
+        counted = np.r_[:16, 32:48] if name.endswith("c_attn.bias") else slice(None)
+        np.testing.assert_allclose(found[name][counted], value[counted], atol=2e-4, err_msg=name)
+
+
+@needs_compiler
+def test_a_compiled_step_drops_something_else_each_time(rows, gpu_code):
+    """And what the same function drops when it is not compiled."""
+    mx.enable_compile()
+    model, batch = Coconut(small_gpt2()).train(), collate(rows, pad_id=0).to_mlx()
+    function = nn.value_and_grad(model, lambda batch, weight: model(batch) * weight)
+    losses = []
+    for one in (compiled(model, function), function):
+        mx.random.seed(5)
+        losses.append([one(batch, 1.0)[0].item() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 3
+
+
+# Memory
+
+
+@pytest.fixture
+def small_gpu(gpu_code, monkeypatch):
+    """A GPU of 20 MB; returns the limits that were set."""
+    limits = {}
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 20_000_000})
+    monkeypatch.setattr(mx, "set_cache_limit", lambda size: limits.update(cache=size))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: limits.update(wired=size))
+    return limits
+
+
+def test_freed_buffers_take_a_part_of_a_gpu(small_gpu, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    memory.limit_memory()
+    assert small_gpu == {"cache": 15_000_000}
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12_000, "memory_size": 16_000})
+    memory.limit_memory()
+    assert small_gpu == {"cache": 6_000, "wired": 12_000}
+
+
+def test_no_limit_on_a_cpu(small_gpu, monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    memory.limit_memory()
+    assert small_gpu == {}
+
+
+def test_a_start_says_which_batch_fits(small_gpu, shared_tiny, call_main, tmp_path):
+    """Before the first step: Metal ends the process where memory ends. The tiny model takes about 0.6 MB an item."""
+    keys = {"save_path": tmp_path, "num_epochs": 1, "gradient_accumulation_steps": 2}
+    outcome = call_main(shared_tiny.config(batch_size_training=256, **keys))
+    assert outcome.status == 0, outcome.err
+    assert "memory: about " in outcome.out and "of 20 MB" in outcome.out
+    [warning] = [line for line in outcome.err.splitlines() if "may not fit" in line]
+    found = re.search(r"batch_size_training: (\d+) with gradient_accumulation_steps: (\d+) does", warning)
+    n, steps = map(int, found.groups())
+    assert n * steps == 256 * 2 and 1 <= n < 256
+    outcome = call_main(shared_tiny.config(batch_size_training=n, name="smaller", **keys))
+    assert outcome.status == 0 and "may not fit" not in outcome.err
+
+
+def test_a_gpu_that_is_too_small_for_one_item(small_gpu, shared_tiny, call_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 1000})
+    outcome = call_main(shared_tiny.config(save_path=tmp_path, num_epochs=1))
+    assert "not even one item does; try grad_checkpoint: True" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("keys", "items", "columns", "labels", "counted"),  # GPT-2 124M; GB, the least of three steps
+    [
+        ({}, 4, 416, 512, 4.0),
+        ({}, 32, 416, 2048, 15.7),
+        ({}, 32, 736, 2048, 31.7),
+        ({}, 128, 128, 4096, 16.2),
+        ({"bf16": True}, 32, 416, 2048, 15.3),
+        ({"bf16": True}, 128, 128, 4096, 11.7),
+        ({"grad_checkpoint": True}, 32, 416, 2048, 8.8),
+        ({"grad_checkpoint": True}, 64, 416, 3584, 14.7),
+    ],
+)
+def test_the_estimate_is_near_what_was_counted(keys, items, columns, labels, counted):
+    config = Config(save_path="", name="", val_path="", **keys)
+    found = memory.step_bytes(GPT2Config(vocab_size=50_260), config, items, columns, labels)
+    assert found / 1e9 == pytest.approx(counted, rel=0.25)
+
+
+def test_cuda_graphs_do_not_depend_on_shapes(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"MLX_MAX_OPS_PER_BUFFER": "7"})
+    monkeypatch.setattr(sys, "platform", "darwin")
+    settings.long_graphs()
+    assert os.environ == {"MLX_MAX_OPS_PER_BUFFER": "7"}
+    monkeypatch.setattr(sys, "platform", "linux")
+    settings.long_graphs()
+    assert os.environ == {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}
+
+
+# Decoding
+
+
+def test_decoding_from_buffers_equals_decoding_from_copies(rows, request, monkeypatch):
+    """Past the room of a buffer, with rows that end early and are dropped."""
+    model = Coconut(small_gpt2(n_positions=120)).eval()
+    prompts = collate([row._replace(ids=row.ids[: row.n_unlabeled]) for row in rows], pad_id=0, multiple=8).to_mlx()
+    endless = model.generate(prompts, 90, eos_id=-1)
+    eos_id = next(token for token in endless[0] if any(token not in ids for ids in endless))
+    expected = model.generate(prompts, 90, eos_id)
+    assert len({len(ids) for ids in expected}) > 1 and max(map(len, expected)) == 90
+    request.getfixturevalue("gpu_code")
+    monkeypatch.setattr(BufferedCache, "ROOM", 10)
+    assert model.generate(prompts, 90, eos_id) == expected
+    assert model.think(prompts)[1][0].state[0].shape[2] > prompts.input_ids.shape[1]
