@@ -23,8 +23,7 @@ class TextForm(NamedTuple):
     """How a data set writes the steps of a path."""
 
     name: str  # in messages
-    # (text before the answer, graph, steps done by thoughts) -> path, None for a text that names no path
-    read_path: Callable[[str, Graph, int], Path | None]
+    read_path: Callable[[str, Graph], Path | None]  # from the text before the answer; None where a line is no step
     lead: str  # what stands in a step before the name of its first node
     before_name: str  # what separates the two
     first_depth: int  # edges from the root to the first node that step 1 names
@@ -39,7 +38,7 @@ class Verdict(NamedTuple):
     contradicts: bool  # whether path and answer disagree about being right
 
 
-def read_sentences(text: str, graph: Graph, n_done: int) -> Path | None:
+def read_sentences(text: str, graph: Graph) -> Path | None:
     """`Alex is a grimpus.` or `Every grimpus is a rorpus.`, one a line (ProsQA)."""
     sentence = re.compile(rf"(?:Every (\S+)|({re.escape(graph.root)})) is an? (\S+)\.")
     matches = [sentence.fullmatch(line) for line in text.split("\n") if line.strip()]
@@ -47,22 +46,21 @@ def read_sentences(text: str, graph: Graph, n_done: int) -> Path | None:
     return path if len(path) == len(matches) else None
 
 
-def read_arrows(text: str, graph: Graph, n_done: int) -> Path | None:
+def read_arrows(text: str, graph: Graph) -> Path | None:
     """`a>b`, with one letter for each node (preprocessing/prosqa.py --symbolic)."""
     text = "".join(text.split())
     return re.findall("(.)>(.)", text) if re.fullmatch("(.>.)*", text) else None
 
 
-def read_nodes(text: str, graph: Graph, n_done: int) -> Path | None:
+def read_nodes(text: str, graph: Graph) -> Path | None:
     """`ilm`: the nodes one after the other, the root left out, one letter each (preprocessing/graphs.py).
 
-    The first edge begins at the root. After thoughts, which stand for the nodes before, it begins at the first node's
-    parent.
+    The first edge begins at the first node's parent: the root, or where thoughts have ended.
     """
     nodes = "".join(text.split())
     if not nodes:
         return []
-    first = graph.nearest_parent(nodes[0]) if n_done else graph.root
+    first = graph.nearest_parent(nodes[0])
     return None if first is None else list(pairwise([first, *nodes]))
 
 
@@ -97,7 +95,7 @@ def judge(text: str, graph: Graph, form: TextForm, n_done: int, is_right: bool) 
 
     n_done: steps that thoughts stand for; is_right: whether the stated answer is right.
     """
-    path = form.read_path(text.split(MARK)[0], graph, n_done)
+    path = form.read_path(text.split(MARK)[0], graph)
     if path is None:
         return Verdict("Hallucination", None, None, False)
     if not path:

@@ -51,6 +51,7 @@ def name_of(text: str, n_done: int = 0, is_right: bool = True) -> str:
     (f"Alex is a fompus.\n{ANSWER}", 0, "Hallucination"),  # no such edge
     (f"Every dumpus is a fompus.\n{ANSWER}", 0, "Hallucination"),  # does not begin at the root
     (f"Bob is a jelpus.\n{ANSWER}", 1, "Hallucination"),  # Bob is not the root
+    (f"dumpus is a fompus.\n{ANSWER}", 1, "Hallucination"),  # neither is dumpus
     (f"Every Bob is a jelpus.\n{ANSWER}", 1, "Hallucination"),  # which does not reach Bob
     (f"Alex is a dumpus\nEvery dumpus is a fompus.\n{ANSWER}", 0, "Hallucination"),  # a line in another form
     (f"so: Alex is a dumpus.\nEvery dumpus is a fompus.\n{ANSWER}", 0, "Hallucination"),
@@ -73,6 +74,7 @@ def test_what_is_recorded_beside_the_class():
     assert judge(RIGHT, GRAPH, SENTENCES, 1, True).aligned is False
     assert judge(f"Every dumpus is a fompus.\n{ANSWER}", GRAPH, SENTENCES, 1, True).aligned
     assert not judge(RIGHT.replace(ANSWER, "### Alex is a jelpus."), GRAPH, SENTENCES, 0, False).agrees
+    assert judge("Alex is a dumpus.\n### Alex is a dumpus.", GRAPH, SENTENCES, 0, False).agrees
     assert not judge("Alex is a dumpus.", GRAPH, SENTENCES, 0, False).agrees  # states nothing
     assert judge("nonsense\n" + ANSWER, GRAPH, SENTENCES, 0, False)[1:] == (None, None, False)
 
@@ -80,7 +82,7 @@ def test_what_is_recorded_beside_the_class():
 @pytest.mark.parametrize(("text", "is_right", "contradicts"), [
     (RIGHT, True, False), (RIGHT, False, True), (LONGER, False, True),
     ("Alex is a dumpus.\n" + ANSWER, True, True), ("Alex is a dumpus.\n" + ANSWER, False, False),
-    ("nonsense\n" + ANSWER, True, False), (ANSWER, False, False),
+    ("nonsense\n" + ANSWER, True, False), ("Alex is a fompus.\n" + ANSWER, True, False), (ANSWER, False, False),
 ])  # fmt: skip
 def test_a_contradiction_is_a_path_and_an_answer_that_disagree(text, is_right, contradicts):
     assert judge(text, GRAPH, SENTENCES, 0, is_right).contradicts == contradicts
@@ -90,6 +92,11 @@ def test_the_node_that_an_answer_states():
     assert [stated_node(text) for text in (RIGHT, "ilm###m", "a>b\n### b", "m", "###")] == [
         "fompus", "m", "b", None, None,
     ]  # fmt: skip
+
+
+def test_the_nearest_parent_is_one_that_the_root_reaches():
+    graph = Graph([("z", "x"), ("y", "x"), ("a", "x"), ("e", "z"), ("z", "y")], "e", "x")
+    assert [graph.nearest_parent(node) for node in "xyea"] == ["z", "z", None, None]
 
 
 def test_paths_of_letters():
@@ -211,6 +218,12 @@ def test_the_trained_number_reproduces_the_evaluation(tmp_path, items):
     assert [line["text"] for line in lines] == [decode(p["output_ids"]) for p in expected]
     assert all(line["text"] for line in lines)
     assert [line["correct"] for line in lines] == [p["correct"] for p in expected]
+
+
+def test_two_thoughts_for_each_step_stand_for_half_as_many_steps(tmp_path, items):
+    probe = open_checkpoint(str(save_model(tmp_path, items, c_thought=2)))
+    data = probe.data(str(tmp_path / "data.json"))
+    assert [sweep.force(probe, data, 1, n_thoughts).n_done for n_thoughts in (0, 1, 4, 5)] == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("change", [{"edges": None}, {"steps": ["think"]}])
