@@ -73,7 +73,7 @@ def draw_shares(panel, curves: dict[str, np.ndarray]) -> None:
         panel.fill_between(np.linspace(0, 1, len(values)), values, label=name, color=color, linewidth=0)
     panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="percentile of the items", ylabel="value")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    panel.legend(fontsize=8, loc="lower right", framealpha=1)
 
 
 def draw_points(panel, points: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:
@@ -170,6 +170,45 @@ def draw_thought(panel, graph: Graph, held, largest: float) -> None:
     panel.set_title(f"thought {held.thought}", fontsize=10)
     panel.margins(0.12)
     panel.set_axis_off()
+
+
+def draw_tree(panel, graph: Graph, values: dict[str, float], heads: dict[int, str]) -> None:
+    """What the root reaches, its depth to the right, with the values of some nodes, and frames for what is right.
+
+    Orange: nodes that lead to the target, and the edges of shortest paths. heads: {depth: text above its column}.
+    """
+    depths, right, path = graph.distances(graph.root), graph.distances_to_target(), graph.path_nodes()
+    places, _ = _layers(depths, 0.0)
+    boxes = {node: _box(panel, place, node, values.get(node), node in right) for node, place in places.items()}
+    for parent, child in graph.edges:
+        if parent in places:
+            arrow: dict = {
+                "patchA": boxes[parent],
+                "patchB": boxes[child],
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "arrowstyle": "-|>",
+            }
+            arrow["connectionstyle"] = f"arc3,rad={0.35 if depths[parent] == depths[child] else 0}"  # beside its column
+            on_path = {parent, child} <= path
+            arrow |= {"color": "#D55E00" if on_path else "#bbbbbb", "linewidth": 1.8 if on_path else 0.8}
+            panel.annotate("", places[child], places[parent], arrowprops=arrow, zorder=3)  # after the boxes' sizes
+    heights = [height for _, height in places.values()]
+    for depth, head in heads.items():
+        panel.text(depth, max(heights) + 1, head, ha="center", va="center", fontsize=9, color=GRAY)
+    panel.set(xlim=(-0.5, max(depths.values()) + 0.5), ylim=(min(heights) - 0.7, max(heights) + 1.5))
+    panel.set_axis_off()
+
+
+def _box(panel, place: tuple[float, float], node: str, value: float | None, is_right: bool):
+    """A node's name and value in a frame, shaded by the value; returns the frame."""
+    from matplotlib import colormaps
+
+    frame: dict = {"boxstyle": "round,pad=0.25", "facecolor": colormaps[COLORS](value or 0.0)}
+    frame |= {"edgecolor": "#D55E00" if is_right else GRAY, "linewidth": 1.6 if is_right else 0.8}
+    style = {"color": "white" if (value or 0) > 0.6 else "black", "bbox": frame, "fontsize": 8, "zorder": 2}
+    text = panel.text(*place, node if value is None else f"{node} {value:.2f}", ha="center", va="center", **style)
+    return text.get_bbox_patch()
 
 
 def _places(graph: Graph) -> dict[str, tuple[float, float]]:

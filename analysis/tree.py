@@ -11,9 +11,9 @@ lead (`Every`) is printed apart: where it is near 0, the values describe a text 
 The height of a node is its distance to a leaf. The paper's text and caption disagree about which, and neither gives its
 figure; --height search (default) is the longest path along edges that lead one edge farther from the root, which does.
 
-Prints means with bootstrap intervals, over all items and without those that have one candidate; writes tree.jsonl
-(settings in the first line, then one line for each item and k) and tree.png (the tree of one item, values by
-percentile, values by height).
+Prints means with bootstrap intervals, over all items and without those that have one candidate, and means by height
+with the number of nodes; writes tree.jsonl (settings in the first line, then one line for each item and k) and tree.png
+(the tree of one item, values by percentile, values by height).
 """
 
 from startup import settings, signals
@@ -35,23 +35,16 @@ import numpy as np
 
 from analysis.classes import TextForm, find_form
 from analysis.graphs import HEIGHTS, Graph, read_graphs
-from analysis.intervals import mean, share
-from analysis.pictures import draw_lines, draw_shares, draw_thought, save_figure
-from analysis.probing import (
-    BATCH,
-    Probe,
-    analysis_parser,
-    open_thinking,
-    require_room,
-    warn_if_unmixed,
-    write_records,
-)
+from analysis.intervals import bootstrap, mean, share
+from analysis.pictures import draw_lines, draw_shares, draw_tree, save_figure
+from analysis.probing import Probe, analysis_parser, open_thinking, require_room, warn_if_unmixed, write_records
 from coconut import Batch
 from dataset import Data, TrainingSequence, collate
 from parallel.streams import use_streams
 from utils import Progress, UserError, exit_status, markdown_table, say
 
 TOP = 3
+BATCH = 25  # prompts at a time: each candidate has a copy of its prompt's cache, 27 MB on ProsQA with GPT-2
 
 
 @dataclass(frozen=True)
@@ -195,29 +188,44 @@ def table(found: dict[int, list[Valued]]) -> list[str]:
     return markdown_table(["thoughts", "candidates", *head, "1st is right"], rows)
 
 
+def height_table(found: dict[int, list[Valued]], kind: str) -> list[str]:
+    """The mean value of right and wrong nodes of each height, a Markdown row for each number of thoughts and height."""
+    rows = []
+    for k, own in found.items():
+        groups = by_height(own, kind)
+        for height in sorted({height for cells in groups.values() for height in cells}):
+            cells = [groups[name].get(height, np.zeros((2, len(own)))) for name in groups]
+            rows.append([str(k), str(height), *(mean(sums, counts.astype(int)) for sums, counts in cells)])
+    return markdown_table(["thoughts", f"height ({kind})", "right nodes", "wrong nodes"], rows)
+
+
 def draw(found: dict[int, list[Valued]], options: argparse.Namespace) -> None:
-    """Write the picture: a column for each number of thoughts."""
-    path = options.out / "tree.png"
-    with save_figure(path, figsize=(3.6 * len(found), 9.5)) as figure:
-        trees, percentiles, heights = figure.subplots(3, len(found), squeeze=False)
+    """Write the picture: the tree of one item, and below it a column for each number of thoughts."""
+    shown = {k: v for k, own in found.items() for v in own if v.index == options.item}
+    depths = [depth for v in shown.values() for depth in v.graph.distances(v.graph.root).values()]
+    columns, rows = max(depths, default=0) + 1, max(map(depths.count, depths), default=0) / max(len(shown), 1)
+    size = (max(3.6 * len(found), 1.5 * columns), 7.4 + 0.4 * rows)
+    with save_figure(options.out / "tree.png", figsize=size) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[size[1] - 6.6, 6.6])
+        if shown:
+            draw_item(above.subplots(), shown)
+        percentiles, heights = below.subplots(2, len(found), squeeze=False)
         for column, (k, own) in enumerate(found.items()):
-            shown = next((v for v in own if v.index == options.item), None)
-            if shown:
-                draw_thought(trees[column], shown.graph, _Shaded(k, shown), 1.0)
-                trees[column].set_title(f"item {options.item}, {k} thought{'s' * (k != 1)}", fontsize=10)
-            else:
-                trees[column].set_axis_off()
             draw_shares(percentiles[column], curves(own))
-            draw_lines(heights[column], by_height(own, options.height), "mean value")
+            percentiles[column].set_title(f"{k} thought{'s' * (k != 1)}", fontsize=10)
+            draw_lines(heights[column], _spreads(by_height(own, options.height)), "mean value")
             heights[column].set(xlabel=f"height ({options.height})", ylim=(0, None))
             heights[column].legend(frameon=False, fontsize=8)
 
 
-class _Shaded:
-    """What draw_thought shades: the candidates by their values."""
-
-    def __init__(self, thought: int, valued: Valued):
-        self.thought, self.products = thought, dict.fromkeys(valued.graph.nodes, 0.0) | valued.values
+def draw_item(panel, shown: dict[int, Valued]) -> None:
+    """The tree of one item; each number of thoughts has given the values of one depth."""
+    graph, values, heads = next(iter(shown.values())).graph, {}, {}
+    for k, valued in shown.items():
+        values |= valued.values
+        heads[graph.distances(graph.root)[next(iter(valued.values))]] = f"{k} thought{'s' * (k != 1)}"
+    draw_tree(panel, graph, values, heads)
+    panel.set_title(f"item {next(iter(shown.values())).index}: {graph.root} to {graph.target}", fontsize=10)
 
 
 def curves(found: list[Valued]) -> dict[str, np.ndarray]:
@@ -228,23 +236,24 @@ def curves(found: list[Valued]) -> dict[str, np.ndarray]:
 
 
 def by_height(found: list[Valued], kind: str) -> dict[str, dict[int, np.ndarray]]:
-    """{right or wrong, with n: {height: [low, mean, high]}} of the candidates (paper, figure 9)."""
-    values: dict[str, dict[int, list[float]]] = {"right": {}, "wrong": {}}
-    for v in found:
+    """{right or wrong: {height: [2, items], the sum of each item's values and how many they are}} (paper, figure 9)."""
+    groups: dict[str, dict[int, np.ndarray]] = {"right": {}, "wrong": {}}
+    for item, v in enumerate(found):
         heights = v.graph.heights(kind)
         for node, value in v.values.items():
-            values["right" if node in v.right else "wrong"].setdefault(heights[node], []).append(value)
-    return {
-        f"{name} ({sum(map(len, own.values())):,} nodes)": {h: _spread(own[h]) for h in sorted(own)}
-        for name, own in values.items()
-        if own
-    }
+            cells = groups["right" if node in v.right else "wrong"]
+            cells.setdefault(heights[node], np.zeros((2, len(found))))[:, item] += value, 1
+    return groups
 
 
-def _spread(values: list[float]) -> np.ndarray:
-    """[low, mean, high]: the mean and two standard errors around it."""
-    error = 2 * float(np.std(values)) / len(values) ** 0.5
-    return np.array([np.mean(values) - error, np.mean(values), np.mean(values) + error])
+def _spreads(groups: dict[str, dict[int, np.ndarray]]) -> dict[str, dict[int, np.ndarray]]:
+    """{name, with its number of nodes: {height: [low, mean, high]}}."""
+    found = {}
+    for name, cells in groups.items():
+        means = {height: bootstrap(*cells[height]) for height in sorted(cells)}
+        n = int(sum(counts.sum() for _, counts in cells.values()))
+        found[f"{name} ({n:,} nodes)"] = {h: np.array([low, middle, high]) for h, (middle, low, high) in means.items()}
+    return {name: points for name, points in found.items() if points}
 
 
 def main(arguments: list[str]) -> int:
@@ -279,12 +288,16 @@ def tree(options: argparse.Namespace) -> None:
     per_step = probe.curriculum.thoughts_per_step
     steps = range(1 - form.first_depth, probe.n_thoughts // per_step + 1 - form.first_depth)
     numbers = sorted(set(options.thoughts or [step * per_step for step in steps]))
+    if numbers[0] // per_step + form.first_depth < 1:
+        raise UserError(
+            f"--thoughts {numbers[0]}: the first step of its {form.name} begins with the root; expected more"
+        )
     require_room(probe, data, numbers[-1], n_more=20)
     found = {k: evaluate(probe, data, graphs, form, k) for k in numbers}
     found = {k: own for k, own in found.items() if own}
     if not found:
         raise UserError(f"--thoughts {numbers}: no item has a node that far away from its root")
-    say("\n".join(table(found)))
+    say("\n".join([*table(found), "", *height_table(found, options.height)]))
     told = {"command": "tree", "checkpoint": options.checkpoint, "data": options.data, "items": count}
     write_records(options.out / "tree.jsonl", told, (v.record() for own in found.values() for v in own))
     draw(found, options)

@@ -20,9 +20,9 @@ SENTENCES = FORMS[0]
 
 # The shape of the paper's example (section 5.3): four children of the root, two of them right, seven grandchildren.
 EDGES = [
-    "Alex lempus", "Alex zhorpus", "Alex grimpus", "Alex sterpus", "lempus scrompus", "lempus gwompus",
-    "lempus yumpus", "grimpus rorpus", "grimpus rompus", "zhorpus yimpus", "zhorpus lorpus", "rorpus bompus",
-    "gwompus rorpus", "rompus jelpus", "gwompus kerpus", "Tom gorpus",
+    "Alex lempus", "Alex zhorpus", "Alex grimpus", "Alex sterpus", "lempus gwompus", "lempus yumpus", "lempus rompus",
+    "grimpus rorpus", "grimpus yimpus", "grimpus lorpus", "zhorpus scrompus", "rorpus bompus", "rorpus dumpus",
+    "rorpus fompus", "dumpus fompus", "fompus bompus", "gwompus rorpus", "gwompus dumpus", "Tom gorpus",
 ]  # fmt: skip
 EXAMPLE = Graph([tuple(edge.split()) for edge in EDGES], "Alex", "bompus")
 
@@ -37,9 +37,12 @@ def test_candidates_and_heights_of_the_papers_shape():
     assert sum(d == 2 for d in ahead.values()) == 7
     children = valued(dict.fromkeys(["lempus", "zhorpus", "grimpus", "sterpus"], 0.1))
     assert children.right == {"lempus", "grimpus"}
-    heights = EXAMPLE.heights("search")
-    assert [heights[node] for node in ("lempus", "grimpus", "zhorpus", "sterpus")] == [2, 2, 1, 0]
-    assert EXAMPLE.heights("longest")["lempus"] == 3 and EXAMPLE.heights("shortest")["lempus"] == 1
+    assert valued({node: 0.1 for node, d in ahead.items() if d == 2}).right == {"gwompus", "rorpus"}
+    heights = {kind: EXAMPLE.heights(kind) for kind in ("search", "shortest", "longest")}
+    nodes = ("lempus", "grimpus", "zhorpus", "sterpus")
+    assert {kind: [own[node] for node in nodes] for kind, own in heights.items()} == {
+        "search": [2, 2, 1, 0], "shortest": [1, 1, 1, 0], "longest": [5, 4, 1, 0],
+    }  # fmt: skip
 
 
 def test_a_graph_with_a_cycle_has_no_heights():
@@ -172,10 +175,26 @@ def test_numbers_of_one_item_by_hand():
     assert v.entropy == pytest.approx(-(p * np.log(p)).sum() / np.log(4))
     assert valued({"lempus": 0.2}).entropy == 0 and valued({"lempus": 0.2}).sorted == [0.2, 0, 0]
     heights = tree.by_height([v], "search")
-    assert set(heights) == {"right (2 nodes)", "wrong (2 nodes)"}
-    assert heights["right (2 nodes)"][2][1] == pytest.approx(0.35)
+    assert heights["right"][2][:, 0] == pytest.approx([0.7, 2])
+    assert {height: cells.tolist() for height, cells in heights["wrong"].items()} == {1: [[0.1], [1]], 0: [[0.0], [1]]}
     record = v.record()["nodes"]["grimpus"]
-    assert record == {"value": 0.4, "right": True, "height_search": 2, "height_shortest": 2, "height_longest": 2}
+    assert record == {"value": 0.4, "right": True, "height_search": 2, "height_shortest": 1, "height_longest": 4}
+
+
+def test_means_by_height_are_of_all_nodes_together_and_their_number_is_printed():
+    """Of three right nodes of height 2, two in one item and one in the other; the others are wrong."""
+    found = [valued({"lempus": 0.2, "grimpus": 0.4, "sterpus": 0.1}), valued({"lempus": 0.9, "zhorpus": 0.0}, index=1)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tree.height_table({1: found}, "search")[2:]]
+    assert [row[:2] for row in rows] == [["1", "0"], ["1", "1"], ["1", "2"]]
+    assert rows[2][2].startswith("0.5 (") and rows[2][2].endswith(" of 3") and rows[2][3] == "none"
+    assert rows[0][2] == "none" and rows[0][3] == "0.1 (0.1 to 0.1) of 1"
+
+
+def test_sentences_without_a_thought_begin_with_the_root_and_have_no_candidates(tmp_path, capsys, items):
+    folder = save_model(tmp_path, items, uniform_prob=0.3)
+    words = [str(folder), str(tmp_path / "data.json"), "--thoughts", "0", "1", "--out", str(tmp_path / "out")]
+    assert tree.main(words) == 2
+    assert "--thoughts 0: the first step" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path, capsys, items):
@@ -185,7 +204,8 @@ def test_the_command(tmp_path, capsys, items):
     printed = capsys.readouterr()
     assert "uniform_prob" not in printed.err
     rows = [line.split("|")[1:-1] for line in printed.out.splitlines() if line.startswith("|")]
-    assert {row[0].strip() for row in rows[2:]} == {"1", "2", "3"}
+    assert {row[0].strip() for row in rows if len(row) > 4} - {"thoughts", "--------"} == {"1", "2", "3"}
+    assert {row[0].strip() for row in rows if len(row) == 4} - {"thoughts", "--------"} == {"1", "2", "3"}
     settings, *lines = map(json.loads, (tmp_path / "out" / "tree.jsonl").read_text().splitlines())
     assert settings["items"] == 6 and {line["thoughts"] for line in lines} == {1, 2, 3}
     assert (tmp_path / "out" / "tree.png").read_bytes()[:4] == b"\x89PNG"
