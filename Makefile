@@ -1,5 +1,5 @@
 # make show   from a bare machine to the shipped model: its accuracy, and a picture of what its thoughts hold
-# make demo   from a bare machine to five methods trained, compared and drawn (about 10 minutes; says so first)
+# make demo   from a bare machine to five methods trained, compared and drawn (about 9 minutes; says so first)
 # make test   from a bare machine to the whole test suite
 #
 # They make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time

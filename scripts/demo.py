@@ -38,7 +38,7 @@ import graphs
 # {args/graph_NAME.yaml of a compared method: the run whose first checkpoint it starts from}
 STARTS = {"no_cot": "chains", "cot": "chains", "no_thoughts": "cot", "pause": "cot", "coconut": "cot"}
 TITLES = {name: METHODS["pause_as_thought" if name == "pause" else name].title for name in STARTS}
-DURATION = "about 10 minutes on two CPU cores"
+DURATION = "about 9 minutes on two CPU cores"
 QUICK_DURATION = "about a minute on two CPU cores"
 # The quick version has a sixteenth of the data and one epoch for each stage; too few steps to learn the task.
 QUICK_DATA = ["--prefix", "graph_quick", "--train", "2560", "--chains-train", "2560", "--valid", "200", "--test", "1"]
