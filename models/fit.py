@@ -14,15 +14,18 @@ from utils import UserError, say
 N_SPECIAL = 3  # start and end of thoughts, latent; the last ids of every vocabulary
 
 
-def needs_rows(table: mx.array, config: Config, tokenizer: Tokenizer, source: Source, trained: bool | None) -> bool:
-    """Whether a table of token embeddings [rows, D] is to get rows for the special tokens (official run.py).
+def needs_rows(
+    name: str, table: mx.array, config: Config, tokenizer: Tokenizer, source: Source, trained: bool | None
+) -> bool:
+    """Whether a table of token embeddings [rows, D] of this name is to get rows for the special tokens.
 
-    trained: what holds_special_tokens says. Where nothing says it, rows for exactly our tokens count as trained, and
-    any other number of rows as padding, which the official code cuts off (resize_token_embeddings) before it fills
-    the rows of the special tokens. In a vocabulary without `<<`, rows for exactly our tokens stay as they are.
+    As the official run.py decides it. trained: what holds_special_tokens says. Where nothing says it, rows for exactly
+    our tokens count as trained, and any other number of rows as padding, which the official code cuts off
+    (resize_token_embeddings) before it fills the rows of the special tokens. In a vocabulary without `<<`, rows for
+    exactly our tokens stay as they are.
     """
     if table.ndim != 2:
-        raise UserError(f"{source}: the token embedding has shape {table.shape}, expected [vocabulary, n_embd]")
+        raise UserError(f"{source}: {name} has shape {table.shape}, expected [vocabulary, n_embd]")
     rows, complete = table.shape[0], tokenizer.vocab_size
     without = complete - N_SPECIAL
     if rows < without:

@@ -47,7 +47,7 @@ def _whole(source: Source, config: Config, tokenizer: Tokenizer) -> LanguageMode
     tensors = _read(source.weights)
     trained = holds_special_tokens(tensors, source.weights)
     tables = [name for name in tensors if TABLES.search(name)]
-    if tables and needs_rows(tensors[tables[0]], config, tokenizer, source, trained):
+    if tables and needs_rows(tables[0], tensors[tables[0]], config, tokenizer, source, trained):
         tensors |= {name: with_rows(tensors[name], tokenizer) for name in tables}
     rows = tensors[tables[0]].shape[0] if tables else source.shape.vocab_size
     shape = replace(source.shape, values=source.shape.values | {"vocab_size": rows})

@@ -48,7 +48,7 @@ def load_gpt2(source: Source, config: Config, tokenizer: Tokenizer) -> GPT2:
     tensors = canonical(tensors, source.weights)
     n_rows = source.shape.vocab_size
     if EMBEDDING in tensors:
-        if needs_rows(tensors[EMBEDDING], config, tokenizer, source, trained):
+        if needs_rows(EMBEDDING, tensors[EMBEDDING], config, tokenizer, source, trained):
             tensors[EMBEDDING] = with_rows(tensors[EMBEDDING], tokenizer)
         n_rows = tensors[EMBEDDING].shape[0]
     shape = replace(source.shape, vocab_size=n_rows)

@@ -572,7 +572,7 @@ def model_config(**changes):
 
 
 BAD_MODEL_CONFIGS = {
-    "model_type: expected gpt2, found llama": {"model_type": "llama"},
+    "not llama's config.json: vocab_size, hidden_size, num_hidden_layers": {"model_type": "llama"},
     "n_embd 15 is not a multiple of n_head 2": {"n_embd": 15},
     "n_layer: expected a positive whole number": {"n_layer": 0},
     "n_positions: expected a positive whole number": {"n_positions": "many"},
