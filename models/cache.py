@@ -49,7 +49,9 @@ class LayerCache:
     @property
     def offset(self) -> mx.array:
         """Position of each row's next column [B] int; negative where that column is padding on the left."""
-        return self.n_columns - self.columns.padding
+        # An arange and not the number: mx.compile writes numbers into its kernels' source, and each shape of a batch would
+        # need kernels of its own, 2 to 5 seconds each on CUDA.
+        return mx.arange(self.n_columns, self.n_columns + 1) - self.columns.padding
 
     def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
         """bool [B, 1, n_new, S + n_new], True where a new column may attend: causal, and never to other padding.
