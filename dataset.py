@@ -7,7 +7,7 @@ it shuffle, split and pad those sequences.
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -280,29 +280,33 @@ class Chunk(NamedTuple):
     loss_weight: float
 
 
-def training_batches(
-    data: TokenDataset, curriculum: Curriculum, epoch: int, group: Group = ALONE, skip: int = 0
-) -> Iterator[list[Chunk]]:
-    """This rank's chunks of the epoch's micro-batches, the first `skip` micro-batches left out.
+def training_steps(
+    data: TokenDataset,
+    curriculum: Curriculum,
+    epoch: int,
+    group: Group = ALONE,
+    skip: int = 0,
+    n_rows: int | None = None,
+) -> Iterator[list[list[Chunk]]]:
+    """This rank's optimizer steps of the epoch, the first `skip` left out: for each the chunks of its micro-batches.
 
     The order is a function of seed and epoch alone. All ranks together work on micro-batches of world_size *
-    batch_size_training items.
+    batch_size_training items, gradient_accumulation_steps of them a step; the last step of an epoch may be smaller.
+    n_rows: of a micro-batch on a GPU, which cuts the same step otherwise; None: batch_size_training.
     """
-    config = curriculum.config
+    config, pad_id = curriculum.config, curriculum.tokenizer.eos_id
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data))
     size = config.batch_size_training * group.world_size
-    stages = curriculum.training_stages(data, order, epoch, size * config.gradient_accumulation_steps)
-
-    def sequences(start: int) -> list[TrainingSequence]:
-        chosen = zip(order[start : start + size], stages[start : start + size], strict=True)
-        return [curriculum.training(data[i], int(stage)) for i, stage in chosen]
-
-    micro_batches, pad_id = map(sequences, range(skip * size, len(order), size)), curriculum.tokenizer.eos_id
-    if not on_gpu():
-        yield from (micro_batch(rows, group, pad_id) for rows in micro_batches)
-        return
-    while step := list(islice(micro_batches, config.gradient_accumulation_steps)):
-        yield from alike_micro_batches(step, group, pad_id)
+    step_size = size * config.gradient_accumulation_steps
+    stages = curriculum.training_stages(data, order, epoch, step_size)
+    for start in range(skip * step_size, len(order), step_size):
+        chosen = range(start, min(start + step_size, len(order)))
+        rows = [curriculum.training(data[order[i]], int(stages[i])) for i in chosen]
+        micro_batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        if on_gpu():
+            yield alike_micro_batches(micro_batches, group, pad_id, n_rows or config.batch_size_training)
+        else:
+            yield [micro_batch(part, group, pad_id) for part in micro_batches]
 
 
 def count_batches(n_items: int, config: Config, group: Group = ALONE) -> int:
@@ -349,15 +353,18 @@ def micro_batch(sequences: list[TrainingSequence], group: Group, pad_id: int) ->
     ]
 
 
-def alike_micro_batches(step: list[list[TrainingSequence]], group: Group, pad_id: int) -> list[list[Chunk]]:
-    """This rank's rows of an optimizer step, rows of like length together, in as many micro-batches (for GPUs).
+def alike_micro_batches(
+    step: list[list[TrainingSequence]], group: Group, pad_id: int, n_rows: int
+) -> list[list[Chunk]]:
+    """This rank's rows of an optimizer step in micro-batches of up to n_rows, rows of like length together (for GPUs).
 
     A sixth of all columns of ProsQA is padding less. The step is the same up to rounding, because every label keeps the
     weight that it has in its own micro-batch.
     """
     own = [(row, 1 / sum(s.n_labeled for s in rows)) for rows in step for row in group.shard(rows)]
     own.sort(key=lambda pair: (pair[0].latent_start if pair[0].n_latents else 0, len(pair[0].ids)))
-    bounds = [len(own) * k // len(step) for k in range(len(step) + 1)]
+    n_parts = max(1, -(-len(own) // n_rows))
+    bounds = [len(own) * k // n_parts for k in range(n_parts + 1)]
     parts = [own[start:end] or [(step[0][0], 0.0)] for start, end in pairwise(bounds)]
     return [[_weighted_chunk(part, pad_id)] for part in parts]
 

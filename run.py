@@ -98,7 +98,9 @@ def read_config(words: list[str], group: Group) -> Config:
 
 def set_up_device(config: Config) -> None:
     """Choose device, precision and streams: several share a batch on a CPU, but not with grad_checkpoint."""
-    if not config.tf32:
+    if config.tf32:
+        settings.no_graphs()
+    else:
         settings.exact_products()
     settings.long_graphs()
     use_device(os.environ.get("COCONUT_DEVICE"))

@@ -32,6 +32,7 @@ from models.gpt2 import GPT2, GPT2Config
 from models.precision import compute_dtype, computing_in
 from parallel.distributed import ALONE
 from parallel.streams import on_gpu
+from training.memory import BUSY
 from training.step import TrainStep, new_optimizer
 
 LATENTS = ((3, 1, 0, 3), (6, 6, 6, 6), (0, 0, 0, 0))  # of the rows of each batch that fidelity compares
@@ -124,7 +125,7 @@ def results(model: Coconut, rows: list[TrainingSequence], dtype: mx.Dtype) -> di
 
 
 def steps(options: argparse.Namespace) -> None:
-    """Optimizer steps of 4 micro-batches whose items are as long and as unlike as ProsQA's, a line for every 20."""
+    """Optimizer steps of 128 items that are as long and as unlike as ProsQA's, a line for every 20."""
     rng, config = np.random.default_rng(0), Config(
         save_path="", name="", val_path="", coconut=True, gradient_accumulation_steps=4,
         bf16=options.precision == "bf16",
@@ -134,7 +135,7 @@ def steps(options: argparse.Namespace) -> None:
     for number in range(options.steps):
         lengths = rng.normal(350, 70, (4, options.batch)).clip(150, 660).astype(int)
         rows = [[sequence(rng, options.vocabulary, n, 6, rng.integers(8, 12)) for n in part] for part in lengths]
-        batches = alike_micro_batches(rows, ALONE, pad_id=0)
+        batches = alike_micro_batches(rows, ALONE, 0, options.rows)
         started = time.perf_counter()
         losses.append(take_step(batches, 0, number, 1e-4).loss)
         seconds.append(time.perf_counter() - started)
@@ -161,6 +162,7 @@ def main() -> None:
     parser = workload.parser(__doc__, batch=32)
     parser.add_argument("check", choices=("smoke", "fidelity", "steps"))
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
+    parser.add_argument("--rows", type=int, default=BUSY, help="of a micro-batch of a step (default: %(default)s)")
     parser.add_argument("--save", help=argparse.SUPPRESS)  # where fidelity's process on the CPU leaves its results
     options = parser.parse_args()
     ours.start_streams(options.threads, options.precision)

@@ -28,7 +28,9 @@ def new_model(options: argparse.Namespace) -> Coconut:
 
 def start_streams(n: int, precision: str = "float32") -> None:
     """Compute on n CPU streams, as run.py does with COCONUT_STREAMS=n; on a GPU in float32, or in tf32."""
-    if precision != "tf32":
+    if precision == "tf32":
+        settings.no_graphs()
+    else:
         settings.exact_products()
     settings.long_graphs()
     use_device(os.environ.get("COCONUT_DEVICE"))

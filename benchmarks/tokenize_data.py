@@ -58,7 +58,7 @@ def get_ready(path: str, cache: str) -> str:
     curriculum = dataset.Curriculum(config, load_tokenizer(None))
     tokens = dataset.Data(path, curriculum, n_positions=1024, debug_limit=0, keep_texts=False).tokens
     ready = time.perf_counter()
-    n_batches = sum(1 for _ in islice(dataset.training_batches(tokens, curriculum, epoch=4), 1000))
+    n_batches = sum(1 for _ in islice(dataset.training_steps(tokens, curriculum, epoch=4), 1000))
     each = (time.perf_counter() - ready) / n_batches
     return f"{len(tokens):,} items, {len(tokens.tokens):,} tokens; then {1000 * each:.2f} ms per batch of 32"
 

@@ -49,8 +49,8 @@ class LayerCache:
     @property
     def offset(self) -> mx.array:
         """Position of each row's next column [B] int; negative where that column is padding on the left."""
-        # An arange and not the number: mx.compile writes numbers into its kernels' source, and each shape of a batch would
-        # need kernels of its own, 2 to 5 seconds each on CUDA.
+        # An arange and not the number: mx.compile writes numbers into its kernels' source, and each shape of a batch
+        # would need kernels of its own, 2 to 5 seconds each on CUDA.
         return mx.arange(self.n_columns, self.n_columns + 1) - self.columns.padding
 
     def make_mask(self, n_new: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
@@ -135,6 +135,8 @@ class PiecewiseCache(LayerCache):
 
     def extend(self, piece: mx.array) -> tuple[mx.array, ...]:
         """Append a pass's keys and values [2, B, H, T, Dh]; returns the pieces."""
+        if not self.state:
+            piece = mx.contiguous(piece)  # a view until here, which every later pass would read out of order
         first, later = (self.state or ())[:1], (self.state or ())[1:]
         self.state = (*first, mx.concatenate([*later, piece], axis=3) if later else piece)
         return self.state

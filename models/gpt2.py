@@ -24,6 +24,7 @@ from models.ops import (
     attention_in_pieces,
     dropout_mask,
     gelu_new,
+    layer_norm,
     linear,
     linear_in_turn,
     random_keys,
@@ -174,6 +175,16 @@ class Conv1D(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """MLX's layer norm. On a GPU the gradients of its weight and bias over many columns are sums of our own."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [B, T, D] -> [B, T, D] float32."""
+        if on_gpu() and self.training and x.shape[1] > 1:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return super().__call__(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over this pass's columns and the cache's."""
 
@@ -201,8 +212,10 @@ class Attention(nn.Module):
 
     def _run_in_pieces(self, qkv: mx.array, mask: mx.array, cache: PiecewiseCache, key: mx.array | None) -> mx.array:
         B, T, _ = qkv.shape
-        q, kv = mx.split(qkv.reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4), [1])  # [1 or 2, B, H, T, Dh]
-        out, cache.state = attention_in_pieces(q.squeeze(0), cache.extend(kv), mask, self.attn_dropout, key)
+        # Split along an axis of its own, so that the backward pass writes all gradients straight into one array.
+        q, kv = mx.split(qkv.reshape(B, T, 3, self.n_head, -1), [1], axis=2)  # [B, T, 1 or 2, H, Dh]
+        pieces = cache.extend(kv.transpose(2, 0, 3, 1, 4))  # [2, B, H, T, Dh]
+        out, cache.state = attention_in_pieces(q.squeeze(2).transpose(0, 2, 1, 3), pieces, mask, self.attn_dropout, key)
         return out
 
 
@@ -225,9 +238,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
@@ -245,7 +258,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = Dropout(config.embd_pdrop)
         self.h = [Block(config) for _ in range(config.n_layer)]
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.grad_checkpoint = False
         self._initialize()
 

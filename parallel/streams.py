@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from utils import UserError
 
-_streams: list[mx.Stream] = []  # all that were ever made: each keeps a thread
+_streams: list[mx.Stream] = []  # all that were made on the device in use: each keeps a thread
 _n_used = 1
 
 
@@ -44,8 +44,8 @@ def use_streams(wanted: str | None = None) -> int:
     global _n_used
     _n_used = 1 if on_gpu() else int(wanted)
     device = mx.default_device()
-    if not _streams:
-        _streams.append(mx.default_stream(device))
+    if not _streams or _streams[0].device != device:
+        _streams[:] = [mx.default_stream(device)]
     _streams.extend(mx.new_stream(device) for _ in range(_n_used - len(_streams)))
     return _n_used
 

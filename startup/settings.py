@@ -34,11 +34,20 @@ def long_graphs() -> None:
     """Let MLX cut its CUDA graphs by their number of operations alone (Linux); call it before the first evaluation.
 
     It also cuts them after so many megabytes, so that every shape of a batch has graphs of its own: 140 were made anew
-    in each step, at up to a millisecond each. Arrays that a graph no longer needs are free at its end: with 50
-    operations in a graph and not 100, a step takes a fifth less memory.
+    in each step, at up to a millisecond each. Launching a graph takes the host 0.2 ms, so 200 operations share one;
+    with more, a step takes more memory, because arrays that a graph no longer needs are free at its end.
     """
     if sys.platform == "linux":  # Metal has numbers of its own for each chip
-        default(MLX_MAX_MB_PER_BUFFER="1000000", MLX_MAX_OPS_PER_BUFFER="50")
+        default(MLX_MAX_MB_PER_BUFFER="1000000", MLX_MAX_OPS_PER_BUFFER="200")
+
+
+def no_graphs() -> None:
+    """Let MLX start CUDA kernels one by one; call it before the first evaluation.
+
+    For TF32, whose products cuBLAS computes with kernels that a graph cannot be updated with: on an H200 43 graphs were
+    made anew in each step, which took a third of its time.
+    """
+    default(MLX_USE_CUDA_GRAPHS="0")
 
 
 def own_pictures() -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +36,28 @@ class Outcome(NamedTuple):
     err: str
 
 
+@contextmanager
+def computing_on_cpu():
+    """MLX's default device is the CPU."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+@pytest.fixture
+def cpu():
+    """For a test that compares bits: on a GPU the embeddings' gradients are added in an order that varies."""
+    with computing_on_cpu():
+        yield
+
+
 @pytest.fixture(scope="module")
 def on_cpu():
-    """For modules that compare bits: on a GPU the embeddings' gradients are added in an order that varies."""
-    device = mx.default_device()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COCONUT_DEVICE", "cpu")  # for the processes that tests start
-        mx.set_default_device(mx.cpu)
+    """The same for a whole module, and for the processes that its tests start."""
+    with computing_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COCONUT_DEVICE", "cpu")
         yield
-    mx.set_default_device(device)
 
 
 @pytest.fixture(scope="session")

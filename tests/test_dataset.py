@@ -179,7 +179,7 @@ def test_longest_is_the_longest_sequence_of_the_run(given_examples, config):
 def batches_of(config: Config, epoch: int, data) -> list[list[np.ndarray]]:
     """The arrays of every batch of an epoch, for training and for evaluation."""
     curriculum = Curriculum(config, TOKENIZER)
-    trained = all_batches(dataset.training_batches(data, curriculum, epoch))
+    trained = all_batches(dataset.training_steps(data, curriculum, epoch))
     checked = list(dataset.loss_batches(data, curriculum, epoch))
     prompted = [batch for _, batch in dataset.prompt_batches(data, curriculum, curriculum.stage(epoch))]
     return [[np.asarray(value) for value in batch] for batch in [*trained, *checked, *prompted]]
@@ -345,9 +345,9 @@ def small_set(n: int = 11):
     return tokens_of([Example(f"What is {i}?" + " is" * (i * 7 % 5), ["a"] * (i % 4), str(i)) for i in range(n)])
 
 
-def all_batches(micro_batches) -> list:
-    """The batches of all chunks."""
-    return [chunk.batch for chunk in chain(*micro_batches)]
+def all_batches(steps) -> list:
+    """The batches of all chunks of all micro-batches."""
+    return [chunk.batch for micro_batches in steps for chunk in chain(*micro_batches)]
 
 
 def questions(batches) -> list[str]:
@@ -362,23 +362,24 @@ CURRICULUM = {"c_thought": 2, "max_latent_stage": 2, "batch_size_training": 4, "
 def test_an_epoch_shows_every_item_once_in_a_new_order():
     data, config = small_set(), make_config(**CURRICULUM)
     epochs = [
-        questions(all_batches(dataset.training_batches(data, Curriculum(config, TOKENIZER), epoch)))
+        questions(all_batches(dataset.training_steps(data, Curriculum(config, TOKENIZER), epoch)))
         for epoch in (0, 0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[2]) == sorted(f"What is {i}" for i in range(11))
     assert epochs[0] == epochs[1] != epochs[2]
-    other = dataset.training_batches(data, Curriculum(make_config(**CURRICULUM, seed=1), TOKENIZER), 0)
+    other = dataset.training_steps(data, Curriculum(make_config(**CURRICULUM, seed=1), TOKENIZER), 0)
     assert epochs[0] != questions(all_batches(other))
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("skip", range(5))
-def test_a_resumed_epoch_goes_on_where_it_stopped(skip):
-    data, config = small_set(), make_config(**CURRICULUM, uniform_prob=0.5)
-    whole = list(dataset.training_batches(data, Curriculum(config, TOKENIZER), 1))
-    rest = list(dataset.training_batches(data, Curriculum(config, TOKENIZER), 1, skip=skip))
-    assert dataset.count_batches(len(data), config) == len(whole) == 3
-    assert len(rest) == max(0, 3 - skip)
-    for one, other in zip(chain(*whole[skip:]), chain(*rest), strict=True):
+def test_a_resumed_epoch_goes_on_where_it_stopped(skip, accumulated):
+    data, config = small_set(), make_config(**CURRICULUM, uniform_prob=0.5, gradient_accumulation_steps=accumulated)
+    whole = list(dataset.training_steps(data, Curriculum(config, TOKENIZER), 1))
+    rest = list(dataset.training_steps(data, Curriculum(config, TOKENIZER), 1, skip=skip))
+    assert dataset.count_batches(len(data), config) == sum(map(len, whole)) == 3
+    assert len(whole) == -(-3 // accumulated) and len(rest) == max(0, len(whole) - skip)
+    for one, other in zip(chain(*chain(*whole[skip:])), chain(*chain(*rest)), strict=True):
         assert one.loss_weight == other.loss_weight
         assert all(np.array_equal(a, b) for a, b in zip(one.batch, other.batch, strict=True))
 
@@ -443,7 +444,7 @@ def test_prompts_come_with_their_indices_by_length():
 
 def test_a_described_batch_shows_ids_and_labels():
     data = tokens_of([Example("What", ["a"], "1")])
-    [[(batch, _)]] = dataset.training_batches(data, Curriculum(make_config(**CURRICULUM), TOKENIZER), 1)
+    [[[(batch, _)]]] = dataset.training_steps(data, Curriculum(make_config(**CURRICULUM), TOKENIZER), 1)
     lines = dataset.describe_batch([batch], TOKENIZER).splitlines()
     assert lines[-1] == "=" * 40
     real = [line for line, kept in zip(lines, batch.attention_mask[0], strict=False) if kept]

@@ -21,7 +21,7 @@ from models.source import Source
 from parallel.streams import even_slices, n_streams, on_gpu, use_streams
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import Tokenizer
-from training.step import TrainStep, group_batches, new_optimizer
+from training.step import TrainStep, new_optimizer
 
 VOCABULARY = 50
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -205,7 +205,7 @@ def test_the_forward_never_waits_for_a_value(monkeypatch):
 # Decoding
 
 
-def test_decoding_computes_one_column_a_token(passes, prompts, two_streams):
+def test_decoding_computes_one_column_a_token(passes, prompts, cpu, two_streams):
     """The cache is used: behind the prompt every pass is one column wide, and the last token needs none."""
     model, rows, _ = prompts
     batch = make_batch(rows)
@@ -273,7 +273,9 @@ def test_decoding_stops_at_the_last_position():
 
 def steps_of(model, optimizer, batches, config, epoch=0, lr=None) -> list:
     step, lr = TrainStep(model, optimizer, config), config.lr if lr is None else lr
-    return [step(group, epoch, number, lr) for number, group in enumerate(group_batches(batches, config))]
+    starts = range(0, len(batches), config.gradient_accumulation_steps)
+    groups = [batches[start : start + config.gradient_accumulation_steps] for start in starts]
+    return [step(group, epoch, number, lr) for number, group in enumerate(groups)]
 
 
 def sgd_steps(batches, **keys) -> tuple[list, dict]:
@@ -333,7 +335,7 @@ def train_a_little(seed: int) -> bytes:
     return b"".join(a.tobytes() for a in [*arrays, np.array(losses)])
 
 
-def test_ten_runs_of_one_seed_are_equal_bit_by_bit_and_another_seed_differs():
+def test_ten_runs_of_one_seed_are_equal_bit_by_bit_and_another_seed_differs(cpu):
     runs = {train_a_little(seed=5) for _ in range(10)}
     assert len(runs) == 1
     assert train_a_little(seed=6) not in runs

@@ -6,10 +6,10 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 
-from dataset import count_batches, loss_batches, prompt_batches, training_batches
+from dataset import count_batches, loss_batches, prompt_batches, training_steps
 from models.precision import compute_dtype, computing_in
 from training.setup import Run, evaluation_line, load, print_summary, warn_of_other_thoughts
-from training.step import TrainStep, group_batches, new_optimizer
+from training.step import TrainStep, new_optimizer
 from utils import UserError, human_size, human_time, say
 
 
@@ -98,9 +98,9 @@ def measured_step(run: Run, epoch: int) -> float:
     """Seconds of an optimizer step in an epoch (the second of two: the first warms up)."""
     config = run.config
     step = TrainStep(run.model, new_optimizer(run.model, config), config, run.group)
-    batches = training_batches(run.train.tokens, run.curriculum, epoch, run.group)
+    steps = training_steps(run.train.tokens, run.curriculum, epoch, run.group, n_rows=run.n_rows)
     seconds = 0.0
-    for number, micro_batches in enumerate(islice(group_batches(batches, config), 2)):
+    for number, micro_batches in enumerate(islice(steps, 2)):
         started = time.perf_counter()
         step(micro_batches, epoch, number, 0.0)  # a learning rate of 0 leaves the weights as they are
         seconds = time.perf_counter() - started

@@ -1,6 +1,7 @@
-"""Memory of a GPU: what MLX may keep of it, and how many items of a micro-batch fit."""
+"""Memory of a GPU: what MLX may keep of it, and how many rows a micro-batch has."""
 
 import sys
+from bisect import bisect_right
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,10 @@ from utils import human_size, say, warn
 # library allocates (docs/performance.md): in float32, in bfloat16, and with activations computed again, which takes
 # the last number once more for the layer in progress.
 KEPT, KEPT_BF16, KEPT_RECOMPUTED, RECOMPUTED = 18.5, 13.5, 4.5, 20
-SHARE = 0.75  # of the memory that a step may take: freed arrays stay while the operations behind them are waiting
+SHARE = 0.65  # of the memory that a step may take: freed arrays stay while the operations behind them are waiting
+BUSY = (
+    64  # rows that keep a large GPU busy; with fewer it waits for the host, which starts 6,000 kernels for any number
+)
 
 
 def gpu_memory() -> int:
@@ -29,9 +33,8 @@ def limit_memory() -> None:
     """Let MLX keep freed buffers in a part of a GPU's memory; on macOS also keep the model's memory wired.
 
     MLX would keep all that it has ever used. A buffer is used again only for one of its size, so batches of many shapes
-    would fill the memory, on a Mac until it swaps. A card of its own has nothing else to do with it, and with less than
-    three quarters every step of ProsQA takes thousands of buffers anew. Wired memory needs macOS 15; before that MLX
-    ignores the call.
+    would fill the memory, on a Mac until it swaps. On an H200 with three quarters of it, the card was full after a few
+    steps, and MLX gave all that it kept back each time. Wired memory needs macOS 15; before that MLX ignores the call.
     """
     if not on_gpu():
         return
@@ -39,7 +42,7 @@ def limit_memory() -> None:
         mx.set_cache_limit(gpu_memory() // 2)
         mx.set_wired_limit(gpu_memory())
     else:
-        mx.set_cache_limit(gpu_memory() * 3 // 4)
+        mx.set_cache_limit(gpu_memory() * 3 // 10)
 
 
 def step_bytes(shape: GPT2Config, config: Config, n_items: int, n_columns: int, n_labels: int) -> int:
@@ -54,28 +57,34 @@ def step_bytes(shape: GPT2Config, config: Config, n_items: int, n_columns: int, 
     return int(parameters + n_items * layers + logits)
 
 
-def check_memory(shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum) -> None:
+def rows_at_once(shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum) -> int:
+    """How many rows a micro-batch has on a GPU: as many as its memory holds, up to BUSY or batch_size_training.
+
+    The optimizer step is the same however its items are cut into micro-batches.
+    """
+    most = min(max(BUSY, config.batch_size_training), config.batch_size_training * config.gradient_accumulation_steps)
+    sizes = [longest_step(shape, config, data, curriculum, n)[0] for n in range(1, most + 1)]
+    return max(1, bisect_right(sizes, SHARE * gpu_memory()))
+
+
+def longest_step(
+    shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum, n_rows: int
+) -> tuple[int, int]:
+    """(bytes, columns) of a step whose micro-batch has so many of the longest items."""
+    lengths, multiple = curriculum.longest(data), COLUMNS_MULTIPLE[1]
+    n_columns = (-(-int(lengths.max()) // multiple) + 1) * multiple
+    n_labels = n_rows * float(np.mean(lengths - data.question_lengths))
+    return step_bytes(shape, config, n_rows, n_columns, int(n_labels)), n_columns
+
+
+def say_memory(shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum, n_rows: int) -> None:
     """Say how much memory the longest items take in training, and warn where the GPU has less.
 
     Before the first step, because Metal ends the process where memory ends.
     """
-    lengths = curriculum.longest(data)
-    n_columns = -(-int(lengths.max()) // COLUMNS_MULTIPLE[1]) * COLUMNS_MULTIPLE[1] + COLUMNS_MULTIPLE[1]
-    n_labels = float(np.mean(lengths - data.question_lengths))
-    sizes = [step_bytes(shape, config, n, n_columns, int(n * n_labels)) for n in range(config.batch_size_training + 1)]
-    available = gpu_memory()
-    needed, given = human_size(sizes[-1]), human_size(available)
-    say(f"memory: about {needed} for the longest items ({n_columns} columns) of {given}")
-    if sizes[-1] > SHARE * available:
-        n_fitting = max([n for n, size in enumerate(sizes) if size <= SHARE * available], default=0)
-        remedy = _remedy(config, n_fitting)
-        warn(f"batch_size_training: {config.batch_size_training} may not fit into this GPU's memory; {remedy}")
-
-
-def _remedy(config: Config, n_fitting: int) -> str:
-    """Keys that make the same optimizer step in less memory."""
-    if not n_fitting:
-        return "not even one item does" + ("" if config.grad_checkpoint else "; try grad_checkpoint: True")
-    n = 2 ** (n_fitting.bit_length() - 1)
-    steps = -(-config.batch_size_training * config.gradient_accumulation_steps // n)
-    return f"batch_size_training: {n} with gradient_accumulation_steps: {steps} does"
+    size, n_columns = longest_step(shape, config, data, curriculum, n_rows)
+    needed, given = human_size(size), human_size(gpu_memory())
+    say(f"memory: about {needed} of {given}, for micro-batches of {n_rows} of the longest items ({n_columns} columns)")
+    if size > SHARE * gpu_memory():
+        remedy = "" if config.grad_checkpoint else "; try grad_checkpoint: True"
+        warn(f"one item may not fit into this GPU's memory{remedy}")

@@ -22,7 +22,7 @@ from parallel.distributed import ALONE, Group, parameter_digest
 from parallel.streams import n_streams, on_gpu
 from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
-from training.memory import check_memory
+from training.memory import rows_at_once, say_memory
 from utils import UserError, say, warn, write_text
 
 # What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
@@ -55,6 +55,14 @@ class Run:
         """Optimizer steps of an epoch; a smaller last group of micro-batches is a step too."""
         n_batches = count_batches(len(self.train), self.config, self.group)
         return -(-n_batches // self.config.gradient_accumulation_steps)
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows of a micro-batch on a GPU."""
+        shape = self.model.transformer.config
+        if not on_gpu() or not isinstance(shape, GPT2Config):
+            return self.config.batch_size_training
+        return rows_at_once(shape, self.config, self.train.tokens, self.curriculum)
 
     @property
     def first_epoch(self) -> int:
@@ -218,7 +226,7 @@ def print_summary(run: Run, blas: str) -> None:
     if disk := resume.check_disk(config, 4 * n_trained, run.first_epoch):
         say(disk)
     if run.train and on_gpu() and isinstance(shape, GPT2Config):
-        check_memory(shape, config, run.train.tokens, run.curriculum)
+        say_memory(shape, config, run.train.tokens, run.curriculum, run.n_rows)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "

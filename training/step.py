@@ -1,9 +1,8 @@
 """The optimizer and one optimizer step."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import reduce
-from itertools import islice
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -40,13 +39,6 @@ def new_optimizer(model: Coconut, config: Config) -> optim.AdamW:
     return optimizer
 
 
-def group_batches(batches: Iterable[MicroBatch], config: Config) -> Iterator[list[MicroBatch]]:
-    """gradient_accumulation_steps micro-batches for each optimizer step; the last group of an epoch may be smaller."""
-    batches = iter(batches)
-    while group := list(islice(batches, config.gradient_accumulation_steps)):
-        yield group
-
-
 class TrainStep:
     """One optimizer step on a group of micro-batches. All ranks take the same step: losses and gradients are summed."""
 
@@ -72,8 +64,10 @@ class TrainStep:
         self.model.train()
         mx.random.seed(dropout_seed(self.config.seed, epoch, number, self.group.rank))
         loss, gradient = self._accumulate(micro_batches)
-        n_tokens = sum(float(c.batch.attention_mask.sum()) for chunks in micro_batches for c in chunks if c.loss_weight)
-        loss, n_tokens = self.group.all_gather(np.array([loss, n_tokens])).sum(axis=0).tolist()
+        counted = [chunk for chunks in micro_batches for chunk in chunks if chunk.loss_weight]
+        n_tokens, weight = sum(c.batch.attention_mask.sum() for c in counted), sum(c.loss_weight for c in counted)
+        loss, n_tokens, weight = self.group.all_gather(np.array([loss, n_tokens, weight])).sum(axis=0).tolist()
+        loss /= round(weight)  # the number of micro-batches that config asks for, however they were cut
         if not math.isfinite(loss):
             problem = diverged(f"the loss is {loss} in epoch {epoch + 1}, step {number}")
             self.group.agree(problem)  # all ranks come here, one prints it
@@ -95,7 +89,7 @@ class TrainStep:
         return parameters, self.optimizer.state, norm
 
     def _accumulate(self, micro_batches: list[MicroBatch]):
-        """Mean loss of the micro-batches, and the sum of their gradients / gradient_accumulation_steps.
+        """Sum of the micro-batches' losses, and the sum of their gradients / gradient_accumulation_steps.
 
         A smaller last group is divided by the full count too, as the official run.py does. Each micro-batch has ended
         before the next is started, so that memory holds the activations of one; a GPU works on one while the next is
@@ -112,7 +106,7 @@ class TrainStep:
             total = reduce(lambda a, b: tree_map(mx.add, a, b), gradients if total is None else [total, *gradients])
             losses.append(sum(loss for loss, _ in results))
             start(losses[-1], total)
-        return sum(loss.item() for loss in losses) * n / len(losses), total
+        return sum(loss.item() for loss in losses) * n, total
 
 
 def compiled(model: Coconut, loss_and_gradient: Callable) -> Callable:

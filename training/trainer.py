@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from dataset import describe_batch, loss_batches, training_batches
+from dataset import describe_batch, loss_batches, training_steps
 from models.precision import compute_dtype, computing_in
 from parallel.distributed import parameter_digest
 from training import checkpoint, resume
@@ -16,7 +16,7 @@ from training.curves import keep_curves
 from training.evaluation import Evaluation, Evaluator
 from training.metrics import MetricLog, NoMetrics, start_wandb
 from training.setup import Run, about_evaluation, evaluated_epochs, evaluation_line, warn_of_other_thoughts
-from training.step import StepResult, TrainStep, diverged, group_batches, is_finite, new_optimizer
+from training.step import StepResult, TrainStep, diverged, is_finite, new_optimizer
 from utils import (
     Progress,
     RunError,
@@ -81,12 +81,11 @@ class Trainer:
             return  # resumed between training and validation
         if state.step == 0 and self.group.is_main:
             self._show_first_batch()
-        skip = state.step * self.config.gradient_accumulation_steps
-        batches = training_batches(run.train.tokens, self.curriculum, state.epoch, self.group, skip)
+        steps = training_steps(run.train.tokens, self.curriculum, state.epoch, self.group, state.step, run.n_rows)
         n_tokens, started, earlier = 0, time.monotonic(), state.train_seconds
         title = f"Epoch {state.epoch + 1}/{self.config.num_epochs}, stage {self.stage}"
         with Progress(total=n_steps, initial=state.step, desc=title, unit=" steps") as bar:
-            for micro_batches in group_batches(batches, self.config):
+            for micro_batches in steps:
                 if self._resets_optimizer():
                     self.optimizer = self.take_step.optimizer = new_optimizer(run.model, self.config)
                 result = self.take_step(micro_batches, state.epoch, state.step, self._learning_rate())
@@ -190,7 +189,7 @@ class Trainer:
 
     def _show_first_batch(self) -> None:
         """Write the epoch's first micro-batch, token by token with its labels, to first_batch.txt and wandb."""
-        chunks = next(training_batches(self.run.train.tokens, self.curriculum, self.state.epoch))
+        [chunks, *_] = next(training_steps(self.run.train.tokens, self.curriculum, self.state.epoch))
         text = describe_batch([chunk.batch for chunk in chunks], self.curriculum.tokenizer)
         write_text(self.run.directory / "first_batch.txt", text)
         self.metrics.log_text("data_table", self.state.epoch * self.run.steps_per_epoch, text)
