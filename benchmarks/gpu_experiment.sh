@@ -70,12 +70,13 @@ done
 for precision in float32 bf16; do
   part "train 32 $precision, not compiled" 40 env MLX_DISABLE_COMPILE=1 "${train_alone[@]}" --batch 32 --precision "$precision"
 done
-part "steps bf16" 100 "${check[@]}" steps --steps "$steps" --precision bf16
+part "steps bf16" 130 "${check[@]}" steps --steps "$steps" --precision bf16
 # The graph task's Coconut from fresh weights to its end
 part "graph data" 20 "$PYTHON" preprocessing/graphs.py
 graph chains
 graph cot num_epochs=1 "load_model_path=$work/graph-chains/checkpoint_1"
 graph coconut "load_model_path=$work/graph-cot/checkpoint_1"
 part "graph accuracy" 10 grep -h '"eval/acc"' "$work/graph-coconut/metrics.jsonl"
+part "steps float32" 60 "${check[@]}" steps --steps "$((steps / 5))"
 printf '{"parts_that_failed": %d, "seconds": %d}\n' "$failed" "$SECONDS" | tee -a "$OUT/results.jsonl"
 exit $((failed > 0))

@@ -169,7 +169,9 @@ class Conv1D(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] -> [..., out] in the weight's type. The bias is float32, and its gradient a float32 sum."""
         if on_gpu() and self.training:
-            biases = mx.broadcast_to(self.bias, (x.shape[0], self.bias.shape[-1]))  # after a first pass it is this already
+            biases = mx.broadcast_to(
+                self.bias, (x.shape[0], self.bias.shape[-1])
+            )  # after a first pass it is this already
             out, self.weight, self.bias = linear_in_turn(x.astype(self.weight.dtype), self.weight, biases)
             return out
         return linear(x, self.weight, self.bias)

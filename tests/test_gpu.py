@@ -385,6 +385,7 @@ def small_gpu(gpu_code, monkeypatch):
     limits = {}
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 20_000_000})
     monkeypatch.setattr(mx, "set_cache_limit", lambda size: limits.update(cache=size))
+    monkeypatch.setattr(mx, "set_memory_limit", lambda size: limits.update(memory=size))
     monkeypatch.setattr(mx, "set_wired_limit", lambda size: limits.update(wired=size))
     return limits
 
@@ -392,7 +393,8 @@ def small_gpu(gpu_code, monkeypatch):
 def test_freed_buffers_take_a_part_of_a_gpu(small_gpu, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     memory.limit_memory()
-    assert small_gpu == {"cache": 6_000_000}
+    assert small_gpu == {"cache": 6_000_000, "memory": 16_000_000}
+    small_gpu.clear()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12_000, "memory_size": 16_000})
     memory.limit_memory()

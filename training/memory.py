@@ -17,7 +17,7 @@ from utils import human_size, say, warn
 # library allocates (docs/performance.md): in float32, in bfloat16, and with activations computed again, which takes
 # the last number once more for the layer in progress.
 KEPT, KEPT_BF16, KEPT_RECOMPUTED, RECOMPUTED = 18.5, 13.5, 4.5, 20
-SHARE = 0.65  # of the memory that a step may take: freed arrays stay while the operations behind them are waiting
+SHARE = 0.5  # of the memory that an estimate may take: a GPU's arrays stay until the operations behind them have run
 BUSY = (
     64  # rows that keep a large GPU busy; with fewer it waits for the host, which starts 6,000 kernels for any number
 )
@@ -33,8 +33,9 @@ def limit_memory() -> None:
     """Let MLX keep freed buffers in a part of a GPU's memory; on macOS also keep the model's memory wired.
 
     MLX would keep all that it has ever used. A buffer is used again only for one of its size, so batches of many shapes
-    would fill the memory, on a Mac until it swaps. On an H200 with three quarters of it, the card was full after a few
-    steps, and MLX gave all that it kept back each time. Wired memory needs macOS 15; before that MLX ignores the call.
+    would fill the memory, on a Mac until it swaps. An NVIDIA card that is full is slow for the rest of the run, because
+    MLX then gives back all that it keeps, each time; so it may use four fifths, kept buffers included. Wired memory
+    needs macOS 15; before that MLX ignores the call.
     """
     if not on_gpu():
         return
@@ -43,6 +44,7 @@ def limit_memory() -> None:
         mx.set_wired_limit(gpu_memory())
     else:
         mx.set_cache_limit(gpu_memory() * 3 // 10)
+        mx.set_memory_limit(gpu_memory() * 4 // 5)
 
 
 def step_bytes(shape: GPT2Config, config: Config, n_items: int, n_columns: int, n_labels: int) -> int:
