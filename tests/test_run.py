@@ -487,6 +487,22 @@ def test_only_eval_with_other_thoughts_than_trained_says_so(change, file, finish
     assert re.search(rf"^warning: .* was trained with {name}: ", outcome.err, flags=re.MULTILINE)
 
 
+def test_only_eval_of_a_link_to_a_checkpoints_file_knows_how_it_was_trained(finished, evaluate, tmp_path):
+    link = tmp_path / "best.safetensors"
+    link.symlink_to(finished[0].runs / "tiny" / "checkpoint_3" / "model.safetensors")
+    outcome, _ = evaluate(3, load_model_path=link)
+    assert "eval:  stage 2, method coconut" in outcome.out and "as the checkpoint was trained" in outcome.out
+    outcome, _ = evaluate(3, resume=2, load_model_path=link, c_thought=2)
+    assert "was trained with c_thought: 1" in outcome.err
+
+
+def test_an_evaluation_with_other_thoughts_does_not_overwrite_the_first(evaluate):
+    for n in (1, 2):
+        _, folder = evaluate(3, resume=2, c_thought=n)
+    thoughts = {path.name: jsonl(path)[0]["c_thought"] for path in folder.glob("predictions_*.jsonl")}
+    assert thoughts == {"predictions_2.jsonl": 1, "predictions_2_2.jsonl": 2}
+
+
 def test_a_second_evaluation_does_not_overwrite_the_first(finished, evaluate):
     """Other data, and another checkpoint; the same evaluation again has one file."""
     tiny, _ = finished
