@@ -346,12 +346,13 @@ def test_the_second_of_two_starts_leaves_the_directory_of_the_first_one(tiny, ca
 def test_an_evaluation_holds_its_directory_too(finished, call_main):
     """It makes the directory before it loads anything, so that of two at a time one is refused."""
     tiny, _ = finished
-    (tiny.folder / "held" / "tiny").mkdir(parents=True)
-    keys = {"only_eval": True, "load_model_path": tiny.runs / "tiny" / "checkpoint_3", "save_path": tiny.folder / "held"}
-    with resume.locked(tiny.folder / "held" / "tiny"):
-        outcome = call_main(tiny.config("held.yaml", **keys))
+    folder = tiny.folder / "held"
+    (folder / "tiny").mkdir(parents=True)
+    weights = tiny.runs / "tiny" / "checkpoint_3"
+    with resume.locked(folder / "tiny"):
+        outcome = call_main(tiny.config("held.yaml", only_eval=True, load_model_path=weights, save_path=folder))
     assert outcome.status == 2 and "another process" in outcome.err
-    assert names(tiny.folder / "held" / "tiny") == set()
+    assert names(folder / "tiny") == set()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
