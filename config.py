@@ -411,6 +411,8 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
             problems.append(f"{name}: has no effect, because it is about fresh weights and {loaded} names weights")
     if values.get("max_grad_norm") == 0:
         problems.append("max_grad_norm: 0 would train nothing; None switches clipping off")
+    if values.get("lr") == 0:
+        problems.append("lr: 0 would train nothing; for an evaluation set only_eval")
     resume, epochs = values.get("resume") or 0, values.get("num_epochs") or 1
     if resume >= epochs and not values.get("only_eval"):
         problems.append(f"resume: {resume} leaves nothing to train, because num_epochs is {epochs}")

@@ -15,7 +15,7 @@ import errno
 import os
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 try:
     from startup import blas, settings  # before mlx
@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> int:
         status, message = 128 + stopped.signal, go_on(arguments, group) if group.is_main else ""
     group.ignore_launcher()
     if message:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # stderr may be closed too (`2>&1 | head`), or its disk full
+            print(message, file=sys.stderr, flush=True)
     return status
 
 

@@ -84,6 +84,7 @@ def model_folder(config: Config) -> Path:
         return Path(config.model_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model_id):
         raise UserError(f"model_id: {config.model_id} is neither a folder nor a Hugging Face repository id")
+    _check_hub()
     cached = _cached_folder(config)
     if cached and any((cached / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         return cached  # complete: then nothing is asked of the network
@@ -98,6 +99,18 @@ def model_folder(config: Config) -> Path:
             f"model_id: {config.model_id} is not a local folder, not in Hugging Face's cache, and could not be fetched "
             f"({reason}). Check the name, the network, and the variables HF_ENDPOINT, HF_TOKEN and those of a proxy, "
             "or name a folder with config.json and model.safetensors"
+        ) from error
+
+
+def _check_hub() -> None:
+    """Raise UserError where huggingface_hub cannot be loaded: it reads numbers from the environment, for example."""
+    try:
+        import huggingface_hub.constants  # noqa: F401
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise UserError(
+            f"model_id: the package huggingface_hub cannot be loaded ({reason}); check the variables that "
+            "begin with HF_"
         ) from error
 
 

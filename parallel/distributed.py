@@ -216,9 +216,12 @@ def _launched(environment: Mapping[str, str]) -> tuple[str, int, int]:
 
 def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
     for name, launcher in FOREIGN_LAUNCHERS.items():
-        if int(environment.get(name, 1)) > 1:
+        value = environment.get(name) or "1"
+        if not value.isdecimal():
+            raise ValueError(f"{name} is {value}, expected a number of processes")
+        if int(value) > 1:
             raise UserError(
-                f"started by {launcher} ({name} is {environment[name]}): each process would train for itself. Use "
+                f"started by {launcher} ({name} is {value}): each process would train for itself. Use "
                 "`mlx.launch -n N --backend ring -- python run.py CONFIG`"
             )
 

@@ -12,6 +12,7 @@ import sys
 sys.path.insert(0, os.path.dirname(__file__))  # Python leaves it out where PYTHONSAFEPATH is set
 from datafiles import DataError, argument_parser, describe, listed, run, write_json
 
+import re
 from pathlib import Path
 
 
@@ -49,6 +50,17 @@ def splits_wrongly(line):
     return len(fields) > 2 or (len(steps) > 1 and any(not (s.startswith("<<") and s.endswith(">>")) for s in steps))
 
 
+def joins_steps(line):
+    """Whether the official rules take two steps as one, because something else than a space is between them."""
+    return any(step.count("<<") > 1 for step in convert_line(line)["steps"])
+
+
+def answers_oddly(line):
+    """Whether a line has a `##`, but not one mark behind its steps with an answer behind that."""
+    marks = re.findall("##+", line.partition("||")[2])
+    return "##" in line and (len(marks) != 1 or not convert_line(line)["answer"])
+
+
 def check_lines(path):
     """Raise a DataError for text of another form. Warn of lines that the official rules accept, but convert oddly."""
     if wrong := lines_where(lambda line: "||" not in line, path):
@@ -60,6 +72,9 @@ def check_lines(path):
         "have no '##'; by the official rules, the whole line is the answer": lambda line: "##" not in line,
         "hold '||' twice, or spaces in or beside a step; by the official rules, a question ends at the first '||', "
         "steps at the next, and each space ends a step": splits_wrongly,
+        "hold two steps without a space between them; by the official rules, they are one step": joins_steps,
+        "have '##' in the question alone, twice, or with nothing behind it; by the official rules, the answer is what "
+        "follows the line's last '##'": answers_oddly,
     }
     for what, is_odd in oddities.items():
         if found := lines_where(is_odd, path):

@@ -187,7 +187,7 @@ def _load_from_wheel() -> None:
     original = Path(wheel.locate_file("scipy_openblas32/lib/libscipy_openblas.so"))
     file_name = _file_name(wheel.version, original.stat().st_size)
     with contextlib.suppress(OSError, RuntimeError):  # not writable, or mounted noexec; RuntimeError: no home directory
-        copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", file_name)
+        copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", file_name).expanduser()
         if copy.parent.exists() and (problem := _owner_problem(copy.parent)):
             print(f"warning: {problem}; the OpenBLAS in it is not used (chmod go-w makes it safe)", file=sys.stderr)
             raise OSError(problem)

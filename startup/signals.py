@@ -14,8 +14,8 @@ import os
 import sys
 
 unfinished: set[str] = set()  # temporary files that the handler removes
-# A closed terminal sends SIGHUP, and Slurm warns with SIGUSR1 before a job's time ends.
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# A closed terminal sends SIGHUP; Slurm (SIGUSR1) and Grid Engine (SIGUSR2) warn before a job's time ends.
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 silent = False  # True in all processes but one of a distributed run (utils.silence)
 
 

@@ -114,6 +114,13 @@ def test_results_are_right(cache):
     run(PRODUCTS, cache)
 
 
+def test_a_cache_in_the_home_folder_may_be_written_with_a_tilde(cache):
+    """As an env file or a container sets it, which no shell reads."""
+    out, _ = run(IMPORT + MAPPED, "~", HOME=str(cache))
+    assert str(cache / "coconut-mlx") in out
+    assert not (ROOT / "~").exists()
+
+
 def test_off(cache):
     out, err = run(IMPORT + MAPPED, cache, COCONUT_BLAS="off")
     assert (out, err) == ("MLX's own BLAS\n[]\n", "")

@@ -356,6 +356,10 @@ def test_a_norm_of_0_is_refused(load):
     )
 
 
+def test_a_learning_rate_of_0_is_refused(load):
+    assert "lr: 0 would train nothing; for an evaluation set only_eval" in problems_of(load, SMALL, "lr=0")
+
+
 def test_keys_about_fresh_weights_are_refused_where_weights_are_loaded(load):
     found = problems_of(load, SMALL, "model_id=gpt2", "embedding_range=0.5", "sinusoidal_positions=0.5")
     for name in ("embedding_range", "sinusoidal_positions"):

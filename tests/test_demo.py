@@ -163,6 +163,17 @@ def test_the_demo_prints_a_summary_first_and_next_steps_last(tmp_path, capsys, m
     assert (ROOT / program).is_file() and load_config(str(ROOT / config), keys).c_thought == 2
 
 
+def test_a_picture_that_cannot_be_drawn_costs_one_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "seed_0").mkdir()
+    finished_run(tmp_path / "seed_0" / "graph-cot", [0.2, 0.5])
+    monkeypatch.setattr(demo, "is_finished", lambda config: True)
+    monkeypatch.setattr(demo, "draw_accuracies", lambda *_, **__: {}["font"])
+    assert demo.main(["--out", str(tmp_path), "--methods", "cot"]) == 0
+    printed = capsys.readouterr().err
+    assert "demo.png is not drawn: " in printed and printed.count("\n") == 1
+    assert (tmp_path / "seed_0" / "table.txt").is_file() and not list(tmp_path.rglob("*.png"))
+
+
 @pytest.mark.parametrize("chosen", [["no_cot", "cot", "coconut"], ["no_thoughts"]])
 def test_the_picture_has_every_methods_accuracies_from_the_shared_start_on(chosen, tmp_path, monkeypatch):
     """CoT's first epoch is stage 0 of the methods that start from it, whether CoT is compared or not."""

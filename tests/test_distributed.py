@@ -171,6 +171,7 @@ def test_without_a_launcher_a_process_is_alone(tmp_path):
     assert join({}) is ALONE
     assert join({"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}) is ALONE, "mlx.launch -n 1"
     assert join({"WORLD_SIZE": "1"}) is ALONE
+    assert join({"PMI_SIZE": ""}) is ALONE, "set, and empty"
     assert join({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is ALONE, "a batch script, which is one process"
     assert join({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}) is ALONE
 
@@ -198,7 +199,7 @@ def test_each_launch_of_mlx_is_understood(tmp_path):
         ({"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "1"}, "started by mpirun_rsh"),
         ({"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "1"}, "started by jsrun"),
         ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1"}, "started by flux run"),
-        ({"WORLD_SIZE": "many"}, "are inconsistent"),
+        ({"WORLD_SIZE": "many"}, "are inconsistent.*WORLD_SIZE is many, expected a number"),
         ({"MLX_RANK": "0"}, "are inconsistent"),
         ({"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere"}, "are inconsistent"),
         ({"MLX_RANK": "2", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "x", "NCCL_PORT": "1"}, "rank 2 of 2"),

@@ -189,6 +189,18 @@ def test_a_run_whose_reader_has_left_says_how_to_go_on(trial, tmp_path):
     assert "Traceback" not in said and "error" not in said
 
 
+@pytest.mark.parametrize(("redirection", "status"), [("2>&1 | head -1", 141), ("2>/dev/full | cat", 1)])
+def test_a_run_that_can_print_no_error_keeps_its_status(redirection, status, trial, tmp_path):
+    """stderr is a pipe that nobody reads, or a full disk: no traceback in the place of the message."""
+    words = " ".join(f"'{word}'" for word in [sys.executable, *SMALL, f"save_path={tmp_path}"])
+    done = subprocess.run(
+        f"{words} {redirection}; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="bash", cwd=trial.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(("options", "environment"), [
     ([], {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
     ([], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),

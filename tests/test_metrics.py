@@ -210,3 +210,35 @@ def test_what_wandb_refuses_is_one_warning(fake_wandb, tmp_path, monkeypatch, ca
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert metrics.start_wandb(config(tmp_path)) is None
     assert "wandb cannot tell whether it is logged in (tags: expected text)" in capsys.readouterr().err
+
+
+def test_a_refusal_of_several_lines_is_one_line(fake_wandb, tmp_path, capsys):
+    def refuse(**keys):
+        raise ValueError("1 validation error\n  tags: expected text\n")
+
+    fake_wandb.init = refuse
+    assert metrics.start_wandb(config(tmp_path)) is None
+    assert "wandb did not start (1 validation error tags: expected text); metrics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["WANDB_MODE", "WANDB_API_KEY"])
+def test_a_wandb_that_does_not_import_is_one_warning(variable, tmp_path, monkeypatch, capsys):
+    """Its dependencies may be of other versions than it needs."""
+    (tmp_path / "wandb.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(variable, {"WANDB_MODE": "offline", "WANDB_API_KEY": "0" * 40}[variable])
+    assert metrics.start_wandb(config(tmp_path)) is None
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: wandb ") and "(Descriptors cannot be created directly)" in line
+
+
+def test_what_it_raises_at_its_end_is_one_warning(fake_wandb, tmp_path, monkeypatch, capsys):
+    def finish(exit_code):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(fake_wandb.run, "finish", finish)
+    with metrics.MetricLog(tmp_path / "metrics.jsonl", metrics.start_wandb(config(tmp_path))) as log:
+        log.log({"epoch": 1})
+    assert "wandb did not end well (the service is gone); metrics.jsonl is complete" in capsys.readouterr().err

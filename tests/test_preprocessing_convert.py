@@ -76,7 +76,8 @@ def test_gsm_line_without_answer_is_converted_with_a_warning(here):
 
 
 @pytest.mark.parametrize(
-    "line", ["Is |a||b| 6?||<<2*3=6>>", "B?||<<1 + 1 = 2>>", "B?||<<1=1>>  <<1=1>>", "B?||add them"]
+    "line",
+    ["Is |a||b| 6?||<<2*3=6>>", "Is a||b?||<<2*3=6>>", "B?||<<1 + 1 = 2>>", "B?||<<1=1>>  <<1=1>>", "B?||add them"],
 )
 def test_gsm_line_that_the_official_rules_cut_apart_is_told(line, here):
     """`||` in a question, spaces in a step or beside it: the conversion stays official, and the line is named."""
@@ -84,6 +85,28 @@ def test_gsm_line_that_the_official_rules_cut_apart_is_told(line, here):
     converted, done = gsm(here, f"A?||<<1+1=2>> <<1+1=2>> #### 2\n{line} #### 6\n")
     assert "1 lines hold '||' twice, or spaces in or beside a step" in done.stderr and "line 2: " in done.stderr
     assert len(json.loads(converted)) == 2
+
+
+@pytest.mark.parametrize("steps", ["<<1+1=2>>\t<<2+2=4>>", "<<1+1=2>><<2+2=4>>", "<<1+1=2>>\u00a0<<2+2=4>>"])
+def test_gsm_steps_that_the_official_rules_join_are_told(steps, here):
+    """Another character than a space is between them, or nothing."""
+    converted, done = gsm(here, f"A?||<<1+1=2>> #### 2\nB?||{steps} #### 4\n")
+    assert "1 lines hold two steps without a space between them" in done.stderr and "line 2: " in done.stderr
+    assert json.loads(converted)[1]["steps"] == [steps]
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("Seat ##5?||<<2+2=4>> 4", "5?||<<2+2=4>> 4"), ("B?||<<2+2=4>> #### 4 #### 5", "5"),
+        ("B?||<<2+2=4>> #### ", ""), ("B?||<<2+2=4>> ## ## 4", "4"),
+    ],
+)  # fmt: skip
+def test_gsm_answer_that_the_official_rules_take_from_elsewhere_is_told(line, answer, here):
+    converted, done = gsm(here, f"Seat ##5?||<<1+1=2>> #### 2\n{line}\n")
+    assert "1 lines have '##' in the question alone, twice, or with nothing" in done.stderr
+    assert "line 2: " in done.stderr and "line 1: " not in done.stderr
+    assert json.loads(converted)[1]["answer"] == answer
 
 
 def test_gsm_byte_order_mark_is_left_out(here):

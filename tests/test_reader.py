@@ -367,6 +367,22 @@ def test_a_cached_data_set_needs_no_network_and_any_other_is_one_message(name, d
     assert message.startswith("nobody/nothing: the package datasets cannot open it (")
 
 
+def test_a_number_in_the_environment_that_is_none_is_one_message(datasets):
+    """huggingface_hub, which `datasets` uses, raises while it is imported."""
+    code = (
+        "from text.reader import *; from utils import UserError\n"
+        "try: read_examples('nobody/nothing:train')\n"
+        "except UserError as error: print(error)"
+    )
+    environment = os.environ | {"HF_HUB_ETAG_TIMEOUT": "ten"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    *_, message = done.stdout.splitlines()  # the package logs a line of its own before it
+    assert message.startswith("nobody/nothing: the package datasets cannot be loaded (ValueError: ")
+    assert "'ten'" in message and "begin with HF_" in message
+
+
 def failure(path: str) -> str:
     """The UserError that reading `path` raises."""
     with pytest.raises(UserError) as caught:

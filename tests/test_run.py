@@ -220,6 +220,28 @@ def test_debug_under_the_name_of_a_run_leaves_that_run_alone(tiny, call_main):
     assert "going on from" not in outcome.out
 
 
+@pytest.mark.parametrize("keys", [{}, {"only_eval": True}])
+def test_debug_under_the_name_of_an_evaluation_leaves_that_alone(keys, finished, evaluate, call_main):
+    _, folder = evaluate(3)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    weights = finished[0].runs / "tiny" / "checkpoint_3"
+    common = {"save_path": folder.parent, "name": folder.name, "load_model_path": weights, "num_epochs": 1}
+    outcome = call_main(finished[0].config("debug.yaml", debug=True, **common, **keys))
+    assert outcome.status == 0, outcome.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in folder.iterdir()} == {path.name for path in before} | {"debug"}
+    assert (folder / "debug" / "metrics.jsonl").is_file()
+
+
+def test_training_under_the_name_of_an_evaluation_is_refused(finished, evaluate, call_main):
+    """It would begin metrics.jsonl anew and overwrite predictions."""
+    _, folder = evaluate(3)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    outcome = call_main(finished[0].config("train.yaml", save_path=folder.parent, name=folder.name, num_epochs=1))
+    assert outcome.status == 2 and "holds the results of an evaluation" in outcome.err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_save_only_improve_keeps_the_epochs_of_a_new_best_accuracy(tiny, call_main):
     """One answer for all, learnt in a few epochs: accuracy rises from 0 and then stays."""
     data = tiny.write("same.json", [{**tiny_item(a, 1, 0), "answer": "7"} for a in range(1, 9)])
@@ -319,6 +341,18 @@ def test_the_second_of_two_starts_leaves_the_directory_of_the_first_one(tiny, ca
     outcome = call_main(tiny.config(num_epochs=1))
     assert outcome.status == 2 and "another process" in outcome.err
     assert (tiny.runs / "tiny" / ".lock").exists()
+
+
+def test_an_evaluation_holds_its_directory_too(finished, call_main):
+    """It makes the directory before it loads anything, so that of two at a time one is refused."""
+    tiny, _ = finished
+    folder = tiny.folder / "held"
+    (folder / "tiny").mkdir(parents=True)
+    weights = tiny.runs / "tiny" / "checkpoint_3"
+    with resume.locked(folder / "tiny"):
+        outcome = call_main(tiny.config("held.yaml", only_eval=True, load_model_path=weights, save_path=folder))
+    assert outcome.status == 2 and "another process" in outcome.err
+    assert names(folder / "tiny") == set()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
@@ -452,6 +486,22 @@ def test_only_eval_with_other_thoughts_than_trained_says_so(change, file, finish
     outcome, _ = evaluate(3, resume=2, load_model_path=path, **change)
     name = "method" if "cot" in change else next(iter(change))
     assert re.search(rf"^warning: .* was trained with {name}: ", outcome.err, flags=re.MULTILINE)
+
+
+def test_only_eval_of_a_link_to_a_checkpoints_file_knows_how_it_was_trained(finished, evaluate, tmp_path):
+    link = tmp_path / "best.safetensors"
+    link.symlink_to(finished[0].runs / "tiny" / "checkpoint_3" / "model.safetensors")
+    outcome, _ = evaluate(3, load_model_path=link)
+    assert "eval:  stage 2, method coconut" in outcome.out and "as the checkpoint was trained" in outcome.out
+    outcome, _ = evaluate(3, resume=2, load_model_path=link, c_thought=2)
+    assert "was trained with c_thought: 1" in outcome.err
+
+
+def test_an_evaluation_with_other_thoughts_does_not_overwrite_the_first(evaluate):
+    for n in (1, 2):
+        _, folder = evaluate(3, resume=2, c_thought=n)
+    thoughts = {path.name: jsonl(path)[0]["c_thought"] for path in folder.glob("predictions_*.jsonl")}
+    assert thoughts == {"predictions_2.jsonl": 1, "predictions_2_2.jsonl": 2}
 
 
 def test_a_second_evaluation_does_not_overwrite_the_first(finished, evaluate):

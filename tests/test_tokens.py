@@ -85,6 +85,10 @@ def test_the_default_folder(tmp_path, monkeypatch):
     assert (tmp_path / "other" / "coconut-mlx" / "tokens" / "a.npz").is_file()
     cached("~/own", "a", Maker())
     assert (tmp_path / "own" / "a.npz").is_file()
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/quoted")  # as an env file or a container sets it, which no shell reads
+    monkeypatch.chdir(tmp_path)
+    cached(None, "a", Maker())
+    assert (tmp_path / "quoted" / "coconut-mlx" / "tokens" / "a.npz").is_file() and not (tmp_path / "~").exists()
 
 
 def test_a_user_without_a_home_gets_one_warning(monkeypatch, capsys):

@@ -344,6 +344,19 @@ def test_a_repository_that_cannot_be_fetched_is_one_message(setting, tmp_path):
     assert "HF_ENDPOINT, HF_TOKEN" in printed
 
 
+def test_a_number_in_the_environment_that_is_none_is_one_message(tmp_path):
+    """huggingface_hub raises while it is imported."""
+    code = (
+        "from startup import blas; from config import Config; from models.source import find_source\n"
+        "from utils import UserError\n"
+        "try: find_source(Config(save_path='x', name='x', val_path='x', cot=True, model_id='someone/nothing'))\n"
+        "except UserError as error: print(error)"
+    )
+    printed = run_beside_the_hub(code, tmp_path, {"HF_HUB_ETAG_TIMEOUT": "ten"}).stdout
+    assert printed.startswith("model_id: the package huggingface_hub cannot be loaded (ValueError: ")
+    assert "'ten'" in printed and printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, *BROKEN_SETTINGS], ids=str)
 def test_a_repository_id_is_found_in_the_hub_cache_without_the_network(setting, tmp_path):
     """huggingface_hub's cache layout, offline or with settings that would break a connection: branch and revision."""

@@ -261,6 +261,11 @@ def _rows(name: str, split: str | None) -> list[dict]:
         raise UserError(
             f"{name}: folders and data sets of the Hub need the package datasets ({error}): pip install datasets"
         ) from error
+    except Exception as error:  # it reads numbers from the environment, for example
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise UserError(
+            f"{name}: the package datasets cannot be loaded ({reason}); check the variables that begin with HF_"
+        ) from error
     if not can_redraw():
         datasets.disable_progress_bars()
     try:

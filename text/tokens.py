@@ -191,7 +191,7 @@ def load(path: Path) -> TokenDataset:
 def _cache_folder(folder: str | None) -> Path:
     if folder:
         return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", "tokens")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", "tokens").expanduser()
 
 
 def _remove_stale(folder: Path) -> None:

@@ -137,7 +137,10 @@ def own_folder(weights: Path | None) -> Path | None:
     """The checkpoint of ours that these weights are, or whose file they are; None for weights from elsewhere."""
     if not weights or weights.is_dir():
         return weights if read_metadata(weights) else None
-    return weights.parent if weights.name in read_metadata(weights.parent).get("files", {}) else None
+    for file in (weights, weights.resolve()):  # a link from elsewhere into the folder too
+        if file.name in read_metadata(file.parent).get("files", {}):
+            return file.parent
+    return None
 
 
 def trained_epoch(metadata: dict) -> int:

@@ -55,17 +55,18 @@ class MetricLog:
     def __exit__(self, *exception) -> None:
         self._file.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=int(exception[0] is not None))
+            try:
+                self.wandb_run.finish(exit_code=int(exception[0] is not None))
+            except Exception as error:
+                warn(f"wandb did not end well ({one_line(error)}); metrics.jsonl is complete")
 
     def _to_wandb(self, values: dict) -> None:
         if self.wandb_run is None:
             return
-        import wandb
-
         try:
             self.wandb_run.log(values)
-        except (wandb.Error, OSError) as error:
-            warn(f"wandb stopped taking metrics ({error}); metrics.jsonl continues")
+        except Exception as error:
+            warn(f"wandb stopped taking metrics ({one_line(error)}); metrics.jsonl continues")
             self.wandb_run = None
 
 
@@ -105,10 +106,10 @@ def start_wandb(config: Config):
     if mode == "off":
         say(f"wandb: off ({reason})")
         return None
-    import wandb
-
     id_file = config.run_dir / "wandb_id.txt"
     try:
+        import wandb
+
         run = wandb.init(
             project=config.project,
             name=config.name,
@@ -119,8 +120,8 @@ def start_wandb(config: Config):
             dir=str(config.run_dir),
             settings=wandb.Settings(silent=True, console="off"),
         )
-    except (wandb.Error, OSError, ValueError) as error:  # ValueError: settings that it refuses
-        warn(f"wandb did not start ({error}); metrics.jsonl is written all the same")
+    except Exception as error:  # settings that it refuses, an installation that does not import
+        warn(f"wandb did not start ({one_line(error)}); metrics.jsonl is written all the same")
         return None
     write_text(id_file, f"{run.id}\n")
     say(f"wandb: {mode}, run {run.id} ({reason})")
@@ -158,10 +159,15 @@ def _logged_in() -> bool:
     variables = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     if not any(map(os.environ.get, variables)) and not any(file and Path(file).is_file() for file in netrc_files):
         return False
-    import wandb
-
     try:
+        import wandb
+
         return bool(wandb.login(prompt=False))
-    except (wandb.Error, OSError, ValueError) as error:  # ValueError: a .netrc that is not UTF-8
-        warn(f"wandb cannot tell whether it is logged in ({error})")
+    except Exception as error:  # a .netrc that is not UTF-8, an installation that does not import
+        warn(f"wandb cannot tell whether it is logged in ({one_line(error)})")
         return False
+
+
+def one_line(error: Exception) -> str:
+    """What an error of wandb says, which has several lines where a setting is refused."""
+    return f"{' '.join(str(error).split()):.300}"

@@ -123,11 +123,39 @@ def output_directory(config: Config) -> Path:
     for folder in (config.run_dir, *config.run_dir.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"save_path, name: {folder} is a file; a directory is needed there to write into")
+    if not (config.debug or config.only_eval) and _holds_evaluation(config.run_dir):
+        raise UserError(
+            f"name: {config.run_dir} holds the results of an evaluation, which training would overwrite; give this "
+            f"run another `name`, or move that directory away"
+        )
     apart = "debug" if config.debug else "only_eval" if config.only_eval else None
     if not apart or not config.run_dir.is_dir():
         return config.run_dir
-    has_begun = config.only_eval and (config.run_dir / "first_batch.txt").is_file()  # but has not saved anything
-    return config.run_dir / apart if has_begun or resume.holds_training(config.run_dir) else config.run_dir
+    is_anothers = _is_of_no_debug_run(config.run_dir) if config.debug else _has_begun(config.run_dir)
+    return config.run_dir / apart if is_anothers or resume.holds_training(config.run_dir) else config.run_dir
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether a training run has begun there, which may not have saved anything yet."""
+    return (run_dir / "first_batch.txt").is_file()
+
+
+def _is_of_no_debug_run(run_dir: Path) -> bool:
+    """Whether an evaluation or a training run, one that has not saved anything yet too, has written its files there."""
+    written = _config_lines(run_dir)
+    return bool(written) and b"debug: true" not in written
+
+
+def _holds_evaluation(run_dir: Path) -> bool:
+    """Whether the files of an evaluation are there and those of no training run."""
+    written = _config_lines(run_dir)
+    return b"only_eval: true" in written and b"debug: true" not in written and not resume.holds_training(run_dir)
+
+
+def _config_lines(run_dir: Path) -> list[bytes]:
+    """The lines of the config.yaml that the last start left there; [] without one."""
+    file = run_dir / "config.yaml"
+    return file.read_bytes().splitlines() if file.is_file() else []
 
 
 def load(config: Config, group: Group = ALONE, keep_texts: bool = False) -> Run:
