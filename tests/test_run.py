@@ -652,6 +652,8 @@ def test_a_run_without_thoughts_is_warned_of(tiny, call_main):
     for words in (["--dry-run"], []):
         outcome = call_main(tiny.config(num_epochs=1, max_latent_stage=0), *words)
         assert "warning: coconut: this run trains no thought: c_thought is 1, max_latent_stage 0" in outcome.err
+    outcome = call_main(tiny.config(name="none", num_epochs=2, c_thought=0), "--dry-run")
+    assert "warning: coconut: this run trains no thought: c_thought is 0" in outcome.err
     assert "trains no thought" not in call_main(tiny.config(name="b"), "--dry-run").err
 
 

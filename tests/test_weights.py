@@ -518,7 +518,7 @@ def test_a_tensor_larger_than_the_memory_is_refused(tmp_path):
 
 
 def test_a_pickle_is_never_opened(tmp_path):
-    """Neither a bare one nor one inside torch's archive that holds more than tensors."""
+    """Neither a bare one nor one inside torch's or numpy's archive that holds more than tensors."""
     import pickle
 
     class Bomb:
@@ -527,7 +527,10 @@ def test_a_pickle_is_never_opened(tmp_path):
 
     (tmp_path / "bare").write_bytes(pickle.dumps(Bomb()))
     torch.save({"weight": Bomb()}, tmp_path / "checkpoint_1")
-    for name in ("bare", "checkpoint_1"):
+    objects = np.empty(1, dtype=object)
+    objects[0] = Bomb()
+    np.savez(tmp_path / "objects.npz", weight=objects)
+    for name in ("bare", "checkpoint_1", "objects.npz"):
         with pytest.raises(UserError, match=name):
             read_tensors(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
