@@ -104,6 +104,7 @@ def set_up_device(config: Config) -> None:
     else:
         settings.exact_products()
     settings.long_graphs()
+    settings.own_kernels()
     use_device(os.environ.get("COCONUT_DEVICE"))
     limit_memory()
     n = use_streams("1" if config.grad_checkpoint else os.environ.get("COCONUT_STREAMS"))

@@ -70,6 +70,9 @@ done
 for precision in float32 bf16; do
   part "train 32 $precision, not compiled" 40 env MLX_DISABLE_COMPILE=1 "${train_alone[@]}" --batch 32 --precision "$precision"
 done
+if [ "${#train[@]}" != "${#train_alone[@]}" ]; then # 64 items of two processes fit into 141 GB, of three they do not
+  part "train 64 bf16 beside the lean peer" 40 "${train_alone[@]}" --lean-peer --batch 64 --precision bf16
+fi
 part "steps bf16" 130 "${check[@]}" steps --steps "$steps" --precision bf16
 # The graph task's Coconut from fresh weights to its end
 part "graph data" 20 "$PYTHON" preprocessing/graphs.py

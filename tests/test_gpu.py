@@ -467,6 +467,27 @@ def test_cuda_graphs_do_not_depend_on_shapes(monkeypatch):
     assert os.environ == {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}
 
 
+def test_kernels_are_kept_in_the_users_cache_and_their_making_is_announced(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    monkeypatch.setattr(sys, "platform", "darwin")
+    settings.own_kernels()
+    memory.say_kernels()
+    assert "MLX_PTX_CACHE_DIR" not in os.environ and capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "platform", "linux")
+    settings.own_kernels()
+    folder = tmp_path / "coconut-mlx" / "kernels"
+    assert os.environ["MLX_PTX_CACHE_DIR"] == str(folder)
+    memory.say_kernels()
+    assert f"2 to 3 minutes; kept in {folder}" in capsys.readouterr().out
+    folder.mkdir(parents=True)
+    (folder / "a.ptx").touch()
+    memory.say_kernels()
+    assert capsys.readouterr().out == ""
+    os.environ["MLX_PTX_CACHE_DIR"] = "/own"
+    settings.own_kernels()
+    assert os.environ["MLX_PTX_CACHE_DIR"] == "/own"
+
+
 # Decoding
 
 

@@ -1,7 +1,9 @@
 """Memory of a GPU: what MLX may keep of it, and how many rows a micro-batch has."""
 
+import os
 import sys
 from bisect import bisect_right
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -90,3 +92,10 @@ def say_memory(shape: GPT2Config, config: Config, data: TokenDataset, curriculum
     if size > SHARE * gpu_memory():
         remedy = "" if config.grad_checkpoint else "; try grad_checkpoint: True"
         warn(f"one item may not fit into this GPU's memory{remedy}")
+
+
+def say_kernels() -> None:
+    """Say that the first steps will be slow where MLX has no compiled CUDA kernels yet (startup/settings.py)."""
+    folder = os.environ.get("MLX_PTX_CACHE_DIR")
+    if folder and not any(Path(folder).glob("*.ptx")):
+        say(f"kernels: MLX compiles them in the first steps, once for a machine, for 2 to 3 minutes; kept in {folder}")

@@ -22,7 +22,7 @@ from parallel.distributed import ALONE, Group, parameter_digest
 from parallel.streams import n_streams, on_gpu
 from training import resume
 from training.checkpoint import describe_run, own_folder, read_metadata, trained_epoch
-from training.memory import rows_at_once, say_memory
+from training.memory import rows_at_once, say_kernels, say_memory
 from utils import UserError, say, warn, write_text
 
 # What a trained model thinks, beside its method; a new key of that kind belongs here (see thoughts_of)
@@ -253,6 +253,8 @@ def print_summary(run: Run, blas: str) -> None:
     say(f"files: {run.directory}")
     if disk := resume.check_disk(config, 4 * n_trained, run.first_epoch):
         say(disk)
+    if on_gpu():
+        say_kernels()
     if run.train and on_gpu() and isinstance(shape, GPT2Config):
         say_memory(shape, config, run.train.tokens, run.curriculum, run.n_rows)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
