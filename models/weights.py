@@ -37,6 +37,18 @@ def read_tensors(path: Path) -> Tensors:
     return {"torch": _read_torch, "npz": _read_npz, "safetensors": _read_safetensors}[_format(path)](path)
 
 
+def load_safetensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file, evaluated: loading is lazy, and the file could change.
+
+    MLX gets an open file, because it opens by names in UTF-8 only, and a name can be any bytes. Raises RuntimeError or
+    ValueError for what it cannot read.
+    """
+    with open(path, "rb") as file:
+        tensors = mx.load(file, format="safetensors")
+        mx.eval(tensors)
+    return tensors
+
+
 def canonical(tensors: Tensors, path: Path) -> Tensors:
     """Tensors under Hugging Face's names (`transformer.h.0...`), in Conv1D layout [in, out], as float32.
 
@@ -77,7 +89,8 @@ def holds_special_tokens(tensors: Tensors, path: Path) -> bool | None:
     file = _parts(path)[0] if path.is_dir() else path
     if _format(file) != "safetensors":
         return None
-    _, header = mx.load(str(file), format="safetensors", return_metadata=True)
+    with open(file, "rb") as opened:
+        _, header = mx.load(opened, format="safetensors", return_metadata=True)
     method = METHODS.get(header.get("method"))
     return method.special_tokens if method else None
 
@@ -223,11 +236,9 @@ def _archive_format(path: Path) -> str:
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
-        tensors = mx.load(str(path), format="safetensors")
-        mx.eval(tensors)  # loading is lazy: read now, before the file can change
+        return load_safetensors(path)
     except (RuntimeError, ValueError) as error:
         raise _damaged(path, "safetensors", error) from error
-    return tensors
 
 
 def _read_npz(path: Path) -> Tensors:
