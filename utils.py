@@ -202,9 +202,9 @@ def read_json(path: Path):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the contents of `path` by `text` (UTF-8) atomically."""
+    """Replace the contents of `path` by `text` (UTF-8; names of files that are none are escaped) atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json_lines(path: Path, records) -> None:

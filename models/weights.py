@@ -21,6 +21,14 @@ BIASED = re.compile(r"^(h\.\d+\..*|ln_f)\.weight$")  # the weights that a bias b
 COCONUT_NAMES = re.compile(r"(^|\.)base_causallm\.|^embedding\.weight$")  # the official Coconut's, the older port's
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6: a pickled magic number
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 100  # an archive that unpacks to more than both is no archive of weights
+FOREIGN = (  # first bytes of files of other kinds, what they are, and what to do with them
+    (b"\x1f\x8b", "a gzip file", "unpack it with `gunzip FILE`"),
+    (b"\xfd7zXZ\x00", "an xz file", "unpack it with `unxz FILE`"),
+    (b"BZh", "a bzip2 file", "unpack it with `bunzip2 FILE`"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with `unzstd FILE`"),
+    (b"GGUF", "a GGUF file", "use the safetensors files of the model it was made from"),
+    (b"\x89HDF", "an HDF5 file (TensorFlow or Keras)", "use the model's safetensors or PyTorch files"),
+)
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 Tensors = dict[str, mx.array]
@@ -35,6 +43,18 @@ def read_tensors(path: Path) -> Tensors:
     if path.is_dir():
         return {name: tensor for part in _parts(path) for name, tensor in read_tensors(part).items()}
     return {"torch": _read_torch, "npz": _read_npz, "safetensors": _read_safetensors}[_format(path)](path)
+
+
+def load_safetensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file, evaluated: loading is lazy, and the file could change.
+
+    MLX gets an open file, because it opens by names in UTF-8 only, and a name can be any bytes. Raises RuntimeError or
+    ValueError for what it cannot read.
+    """
+    with open(path, "rb") as file:
+        tensors = mx.load(file, format="safetensors")
+        mx.eval(tensors)
+    return tensors
 
 
 def canonical(tensors: Tensors, path: Path) -> Tensors:
@@ -77,7 +97,8 @@ def holds_special_tokens(tensors: Tensors, path: Path) -> bool | None:
     file = _parts(path)[0] if path.is_dir() else path
     if _format(file) != "safetensors":
         return None
-    _, header = mx.load(str(file), format="safetensors", return_metadata=True)
+    with open(file, "rb") as opened:
+        _, header = mx.load(opened, format="safetensors", return_metadata=True)
     method = METHODS.get(header.get("method"))
     return method.special_tokens if method else None
 
@@ -195,7 +216,7 @@ def _format(path: Path) -> str:
     header_size = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and 8 + header_size <= size:  # first, because the size can have the bytes of any other kind
         return "safetensors"
-    if found := find_stand_in(head):
+    if found := find_stand_in(head) or next((kind[1:] for kind in FOREIGN if head.startswith(kind[0])), None):
         raise UserError(f"{path}: {found[0]}, not weights; {found[1]}")
     if head.startswith(LEGACY_TORCH):
         return "torch"
@@ -223,11 +244,9 @@ def _archive_format(path: Path) -> str:
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
-        tensors = mx.load(str(path), format="safetensors")
-        mx.eval(tensors)  # loading is lazy: read now, before the file can change
+        return load_safetensors(path)
     except (RuntimeError, ValueError) as error:
         raise _damaged(path, "safetensors", error) from error
-    return tensors
 
 
 def _read_npz(path: Path) -> Tensors:
@@ -259,9 +278,9 @@ def _load_torch(path: Path, mapped: bool = False) -> dict:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # damaged archives and pickles raise a dozen types
-        raise UserError(
-            f"{path}: PyTorch cannot open it safely as weights ({' '.join(str(error).split()):.200})"
-        ) from error
+        # torch's reason comes behind advice to open it unsafely
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
+        raise UserError(f"{path}: PyTorch cannot open it safely as weights ({reason:.200})") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -211,7 +211,25 @@ def test_the_interpreters_settings_are_no_failure(options, environment, trial, t
     done = python(*options, *SMALL, f"save_path={tmp_path}", "name=é", cwd=trial.folder, **environment)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert (tmp_path / "é" / "checkpoint_1").is_dir()
+    assert (tmp_path / "é" / "curves.png").is_file()
     assert python(*options, ROOT / "run.py", "--help", cwd=trial.folder, **environment).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["é", os.fsdecode(b"\xff")])
+def test_a_run_whose_name_cannot_be_spelled_is_resumed_evaluated_and_shown(name, trial, tmp_path):
+    """The locale has no é, or the name is not text in any: MLX opens files by names in UTF-8 only."""
+    ascii_alone = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    run = tmp_path / name
+    again = ["num_epochs=2", f"save_path={tmp_path}", f"name={name}"]
+    evaluation = ["only_eval=True", "name=eval", f"save_path={tmp_path}", f"load_model_path={run}/checkpoint_2"]
+    for words in (
+        [*SMALL, *again[1:]], [*SMALL[:2], *again], [*SMALL[:2], *evaluation],
+        ["-m", "scripts.table", run, tmp_path / "eval", "-o", tmp_path / "table.md"], ["-m", "scripts.plot", run],
+    ):  # fmt: skip
+        done = python(*words, cwd=trial.folder, **ascii_alone)
+        assert done.returncode == 0 and not re.search("Traceback|warning: curves", done.stderr), done.stderr
+    assert len((tmp_path / "eval" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "Coconut" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize("script", ["plot", "demo", "demo_seeds", "describe_data", "export"])

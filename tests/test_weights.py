@@ -517,6 +517,26 @@ def test_a_tensor_larger_than_the_memory_is_refused(tmp_path):
         read_tensors(tmp_path / "checkpoint_1")
 
 
+@pytest.mark.parametrize(("start", "what"), [
+    (b"\x1f\x8b", "gunzip"), (b"\xfd7zXZ\x00", "unxz"), (b"BZh9", "bunzip2"), (b"\x28\xb5\x2f\xfd", "unzstd"),
+    (b"GGUF", "GGUF"), (b"\x89HDF\r\n\x1a\n", "HDF5"),
+])  # fmt: skip
+def test_weights_of_another_kind_are_named(start, what, tmp_path):
+    """Neither damaged nor cut off: packed, or of another program."""
+    (tmp_path / "model").write_bytes(start + bytes(range(200)))
+    with pytest.raises(UserError, match=what) as found:
+        read_tensors(tmp_path / "model")
+    assert "damaged" not in str(found.value)
+
+
+def test_a_whole_module_of_torch_is_refused_by_its_reason(tmp_path):
+    """And not with torch's advice to open it unsafely, nor with its escape codes for a terminal."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear was not an allowed") as found:
+        read_tensors(tmp_path / "model.pt")
+    assert "weights_only" not in str(found.value) and "\x1b" not in str(found.value)
+
+
 def test_a_pickle_is_never_opened(tmp_path):
     """Neither a bare one nor one inside torch's or numpy's archive that holds more than tensors."""
     import pickle

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from coconut import Coconut
 from dataset import Curriculum
+from models.weights import load_safetensors
 from utils import UserError, crc32, sync, write_text
 
 METADATA = "coconut.json"
@@ -103,8 +104,7 @@ def update_state(path: Path, state: TrainState) -> None:
 
 def load_optimizer(path: Path, optimizer) -> None:
     """Restore the optimizer of a state; the learning rate stays the config's, which may have changed."""
-    arrays = mx.load(str(path / "optimizer.safetensors"))
-    mx.eval(arrays)
+    arrays = load_safetensors(path / "optimizer.safetensors")
     learning_rate = optimizer.state["learning_rate"]
     optimizer.state = tree_unflatten(list(arrays.items()))
     optimizer.state["learning_rate"] = learning_rate

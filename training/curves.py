@@ -265,7 +265,11 @@ def _stages(records: list[dict], keys: dict) -> list[tuple[str, int]]:
 
 
 def _plain(name: str) -> str:
-    """Escape a name for matplotlib, where `$` starts a formula and a leading underscore hides a label."""
+    """Escape a name for matplotlib, where `$` starts a formula and a leading underscore hides a label.
+
+    A file's name that the locale cannot spell is read as UTF-8: matplotlib draws text alone.
+    """
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return (" " + name if name.startswith("_") else name).replace("$", r"\$")
 
 

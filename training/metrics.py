@@ -33,7 +33,7 @@ class MetricLog:
 
     def log(self, record: dict) -> None:
         """Write one record to the file, and its official keys (`train/...`, `eval/...`) to wandb."""
-        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
         self._file.flush()
         self._to_wandb({name: value for name, value in record.items() if "/" in name})
 
