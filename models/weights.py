@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from methods import METHODS
-from text.stand_ins import find_stand_in
+from text.stand_ins import COMPRESSED, find_stand_in
 from utils import UserError, human_size, memory_size, read_json, say, warn
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -23,9 +23,7 @@ LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 100  # an archive that unpacks to more than both is no archive of weights
 FOREIGN = (  # first bytes of files of other kinds, what they are, and what to do with them
     (b"\x1f\x8b", "a gzip file", "unpack it with `gunzip FILE`"),
-    (b"\xfd7zXZ\x00", "an xz file", "unpack it with `unxz FILE`"),
-    (b"BZh", "a bzip2 file", "unpack it with `bunzip2 FILE`"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with `unzstd FILE`"),
+    *COMPRESSED,
     (b"GGUF", "a GGUF file", "use the safetensors files of the model it was made from"),
     (b"\x89HDF", "an HDF5 file (TensorFlow or Keras)", "use the model's safetensors or PyTorch files"),
 )

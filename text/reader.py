@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from text.stand_ins import find_stand_in
+from text.stand_ins import COMPRESSED, find_stand_in
 from text.tokenizer import SPECIAL_TOKENS
 from utils import UserError, can_redraw, human_size, memory_size, read_file, warn
 
@@ -28,9 +28,7 @@ FOREIGN = (  # first bytes of files of other kinds, what they are, and what to d
     (b"PAR1", "a Parquet file", IN_A_FOLDER),
     (b"ARROW1", "an Arrow file", IN_A_FOLDER),
     (b"\xff\xff\xff\xff", "an Arrow file", f"name the folder that save_to_disk wrote, or {IN_A_FOLDER}"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with `unzstd FILE`"),
-    (b"\xfd7zXZ\x00", "an xz file", "unpack it with `unxz FILE`"),
-    (b"BZh", "a bzip2 file", "unpack it with `bunzip2 FILE`"),
+    *COMPRESSED,
     (b"PK\x03\x04", "a zip archive", "unpack it with `unzip FILE`, and name the file in it"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it, and name the file in it"),
 )

@@ -1,5 +1,13 @@
-"""What a failed download leaves in the place of a file. Standard library only: preprocessing/ imports it too."""
+"""What stands in the place of a file: a failed download, a compressed file.
 
+Standard library only: preprocessing/ imports it too.
+"""
+
+COMPRESSED = (  # first bytes of files that none of our readers unpacks, what they are, and what to do with them
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with `unzstd FILE`"),
+    (b"\xfd7zXZ\x00", "an xz file", "unpack it with `unxz FILE`"),
+    (b"BZh", "a bzip2 file", "unpack it with `bunzip2 FILE`"),
+)
 MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
