@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     first_latent: int  # column of the first latent, T where there is none
     label_positions: mx.array  # [N] int, row * T + column of the hidden state that predicts a labeled token
     labels: mx.array  # [N] int, the labeled tokens
-    label_mask: mx.array  # [N] float, 0 on the entries that only round N up, else 1 or the label's weight
+    label_mask: mx.array  # [N] float, weight of each label, 0 on entries that only round N up (dataset.collate labels)
     last_column: mx.array  # [B] int, column of the row's last token
 
     def to_mlx(self) -> "Batch":

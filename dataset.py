@@ -106,7 +106,9 @@ class Curriculum:
     def training_counts(self, stage: int, n_steps: int) -> tuple[int, int]:
         """(steps dropped, latents put in) of one training item (official get_cot_latent_dataset).
 
-        Up to max_latent_stage the number of latents follows the stage alone and ignores pad_latent_to_max: official.
+        At stage s <= max_latent_stage, min(s, n_steps) steps are dropped and s * c_thought thoughts put in, also where
+        the item has fewer steps and whatever pad_latent_to_max says: official. Later all steps are dropped. For prompts
+        see n_prompt_latents.
         """
         if self.method.drops_steps == "by token":
             return 0, 0
@@ -358,8 +360,8 @@ def alike_micro_batches(
 ) -> list[list[Chunk]]:
     """This rank's rows of an optimizer step in micro-batches of up to n_rows, rows of like length together (for GPUs).
 
-    A sixth of all columns of ProsQA is padding less. The step is the same up to rounding, because every label keeps the
-    weight that it has in its own micro-batch.
+    On ProsQA it saves a sixth of the columns, which were padding. The step is the same up to rounding, because every
+    label keeps the weight that it has in its own micro-batch.
     """
     own = [(row, 1 / sum(s.n_labeled for s in rows)) for rows in step for row in group.shard(rows)]
     own.sort(key=lambda pair: (pair[0].latent_start if pair[0].n_latents else 0, len(pair[0].ids)))

@@ -15,7 +15,7 @@ import errno
 import os
 import shlex
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 try:
     from startup import blas, settings  # before mlx
@@ -59,8 +59,10 @@ def main(arguments: list[str]) -> int:
         status, message = 128 + stopped.signal, go_on(arguments, group) if group.is_main else ""
     group.ignore_launcher()
     if message:
-        with suppress(OSError):  # stderr may be closed too (`2>&1 | head`), or its disk full
+        try:
             print(message, file=sys.stderr, flush=True)
+        except OSError:  # nobody reads stderr either (`2>&1 | head`), or its disk is full
+            signals.discard(sys.stderr)
     return status
 
 

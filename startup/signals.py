@@ -50,11 +50,15 @@ def _keep_output_open() -> None:
 def reader_left() -> int:
     """The exit status of a command whose stdout nobody reads any more (`| head`): 141, as if SIGPIPE had ended it.
 
-    What is still buffered goes to /dev/null. SIGPIPE itself stays ignored, because a connection that breaks raises it
-    too.
+    SIGPIPE itself stays ignored, because a connection that breaks raises it too.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard(sys.stdout)
     return 128 + signal.SIGPIPE
+
+
+def discard(stream) -> None:
+    """Let a stream write to /dev/null from now on: what is buffered would fail again at exit, which is status 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def announce(text: str) -> None:
