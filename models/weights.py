@@ -271,6 +271,9 @@ def _load_torch(path: Path, mapped: bool = False) -> dict:
     """What torch.save wrote, or {} where it is no dictionary. mapped: without reading the tensors, where that works."""
     try:
         import torch  # only needed for files saved by PyTorch code
+
+        if not hasattr(torch, "load"):
+            raise ImportError("a folder or file named torch is taken for the package")
     except ImportError as error:
         raise UserError(f"{path}: saved by PyTorch; `pip install torch` to open it here") from error
     try:

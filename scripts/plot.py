@@ -49,7 +49,8 @@ def _without_strangers(paths: list[Path]) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").is_file() or (path.suffix == ".jsonl" and path.is_file())
+    is_log = path.suffix == ".jsonl" and not path.name.startswith("predictions_")
+    return (path / "metrics.jsonl").is_file() or (is_log and path.is_file())
 
 
 def _names(runs: list[Path]) -> list[str]:

@@ -1,6 +1,7 @@
 """The configuration: official spellings, precedence, problems reported at once, derived values, and help."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -208,7 +209,14 @@ def test_a_name_stays_inside_save_path(name, load):
     assert problem.startswith("name: expected a folder inside save_path, found")
 
 
-@pytest.mark.parametrize("name", ["x", "a/b", ".hidden", "..x", "a/../b"])
+@pytest.mark.parametrize("name", ["checkpoint_3", "a/checkpoint_3", "a/state_1_2/b"])
+def test_a_name_is_none_of_a_saved_folder(name, load):
+    """A run inside another run's checkpoint would be deleted with it."""
+    [problem] = problems_of(load, OFFICIAL_COT, f"name={name}")
+    assert re.match("name: expected .* found .*a run calls its saved folders so", problem)
+
+
+@pytest.mark.parametrize("name", ["x", "a/b", "checkpoint_3-eval", "state_1", ".hidden", "..x", "a/../b"])
 def test_a_name_may_have_folders(name, load):
     assert load(OFFICIAL_COT, f"name={name}").name == name
 

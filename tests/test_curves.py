@@ -118,6 +118,8 @@ def test_files_between_the_runs_of_a_pattern_are_skipped(tmp_path, monkeypatch, 
     printed = capsys.readouterr()
     assert drawn == ["a", "b", tmp_path.name] and printed.out == "comparison.png\n"
     assert printed.err == "warning: no run's directory, left out: demo.png, empty, table.txt\n"
+    (tmp_path / "a" / "predictions_1.jsonl").write_text('{"index": 0}\n')
+    assert main(["a/metrics.jsonl", "a/predictions_1.jsonl"]) == 0  # a/* names both
     assert main(["a", "nowhere"]) == 2
     assert main(["a", "table.txt"]) == 0
     assert main(["table.txt"]) == 2

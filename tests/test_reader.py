@@ -411,3 +411,13 @@ def test_a_folder_named_datasets_is_not_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(UserError, match="a folder named datasets is taken for the package"):
         open_source(str(tmp_path / "mine"))
+
+
+def test_a_file_named_datasets_is_not_the_package(tmp_path, monkeypatch):
+    """Beside a notebook, for example."""
+    (tmp_path / "mine").mkdir()
+    module = types.ModuleType("datasets")
+    module.__file__ = "here/datasets.py"
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    with pytest.raises(UserError, match=r"here/datasets\.py is taken for the package"):
+        open_source(str(tmp_path / "mine"))

@@ -21,7 +21,7 @@ from models import gpt2
 from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
-from training import resume, step, trainer
+from training import resume, setup, step, trainer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
@@ -786,6 +786,16 @@ def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_
         losses.append([record["train/loss"] for record in records if "train/loss" in record])
     assert recomputed
     assert losses[0] == losses[1] and len(losses[0]) > 2
+
+
+def test_a_start_that_may_not_read_something_leaves_no_directory(shared_tiny, call_main, monkeypatch, tmp_path):
+    def load(config, group):
+        raise PermissionError(13, "Permission denied", "model")
+
+    monkeypatch.setattr(setup, "load", load)
+    outcome = call_main(shared_tiny.config(save_path=tmp_path / "runs"))
+    assert outcome.status == 1 and "Permission denied: 'model'" in outcome.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_bf16_on_cpu_is_float32_with_a_word(shared_tiny, call_main, tmp_path):

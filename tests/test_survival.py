@@ -192,6 +192,40 @@ def test_a_file_that_cannot_be_read_is_no_damage(name, how, two_of_three, tmp_pa
     assert contents(run_dir) == before
 
 
+def test_a_state_that_lies_elsewhere_is_resumed_and_left_there(two_of_three, tmp_path):
+    """Behind a link, on another disk: the run removes the link alone."""
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "trial"
+    (run_dir / STATE).rename(tmp_path / "elsewhere")
+    (run_dir / STATE).symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    assert run_module.main(resume_command(tmp_path / "copy")) == 0
+    assert not (run_dir / STATE).is_symlink() and (run_dir / "checkpoint_3").is_dir()
+    assert contents(tmp_path / "elsewhere") == before
+    assert not list(run_dir.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("name", [STATE, "checkpoint_2"])
+def test_a_link_to_what_is_not_there_is_no_damage(name, two_of_three, tmp_path, capsys):
+    """Its disk may not be mounted: the run does not go back to an older state."""
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "trial"
+    shutil.rmtree(run_dir / name)
+    (run_dir / name).symlink_to(tmp_path / "unmounted")
+    before = contents(run_dir)
+    assert run_module.main(resume_command(tmp_path / "copy")) == 2
+    assert f"{run_dir / name}: a link to what is not there" in capsys.readouterr().err
+    assert contents(run_dir) == before
+
+
+def test_a_file_named_like_a_state_is_another_programs(two_of_three, tmp_path):
+    shutil.copytree(two_of_three.folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "runs" / "trial" / "state_9_9"
+    file.write_text("notes")
+    assert run_module.main(resume_command(tmp_path / "copy")) == 0
+    assert file.read_text() == "notes" and (file.parent / "checkpoint_3").is_dir()
+
+
 def resume_command(folder):
     """The arguments that take up a copied run for its third epoch."""
     config = json.loads((folder / "trial.yaml").read_text())

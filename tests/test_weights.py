@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -527,6 +528,13 @@ def test_weights_of_another_kind_are_named(start, what, tmp_path):
     with pytest.raises(UserError, match=what) as found:
         read_tensors(tmp_path / "model")
     assert "damaged" not in str(found.value)
+
+
+def test_a_folder_named_torch_is_not_the_package(tmp_path, monkeypatch):
+    torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "model.pt")
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    with pytest.raises(UserError, match="`pip install torch` to open it here"):
+        read_tensors(tmp_path / "model.pt")
 
 
 def test_a_whole_module_of_torch_is_refused_by_its_reason(tmp_path):

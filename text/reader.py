@@ -253,8 +253,9 @@ def _rows(name: str, split: str | None) -> list[dict]:
     try:
         import datasets
 
-        if datasets.__file__ is None:
-            raise ImportError("a folder named datasets is taken for the package")
+        if not hasattr(datasets, "load_dataset"):
+            found = getattr(datasets, "__file__", None) or "a folder named datasets"
+            raise ImportError(f"{found} is taken for the package")
     except ImportError as error:
         raise UserError(
             f"{name}: folders and data sets of the Hub need the package datasets ({error}): pip install datasets"

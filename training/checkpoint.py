@@ -178,7 +178,15 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder; a kill in between leaves nothing under its name."""
     renamed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     os.rename(folder, renamed)
-    shutil.rmtree(renamed)
+    remove(renamed)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; of a link the link alone, because what it leads to is the user's."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager

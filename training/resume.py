@@ -10,7 +10,7 @@ from pathlib import Path
 from config import FIELDS, Config
 from parallel.streams import n_streams
 from text.tokenizer import Tokenizer
-from training.checkpoint import METADATA, Damaged, TrainState, find_damage, read_metadata, remove_folder
+from training.checkpoint import METADATA, Damaged, TrainState, find_damage, read_metadata, remove, remove_folder
 from training.curves import merged_stage
 from utils import UserError, human_size, read_records, warn
 
@@ -241,7 +241,9 @@ def holds_training(run_dir: Path) -> bool:
 
 def find_states(run_dir: Path) -> list[Path]:
     """The state folders of a run directory."""
-    return [path for path in run_dir.iterdir() if STATE.match(path.name)] if run_dir.is_dir() else []
+    if not run_dir.is_dir():
+        return []
+    return [path for path in run_dir.iterdir() if STATE.match(path.name) and path.is_dir()]
 
 
 def keep_only_state(path: Path) -> None:
@@ -266,7 +268,7 @@ def clean(run_dir: Path) -> None:
     """Remove the temporary files of a killed process."""
     for leftover in run_dir.iterdir():
         if TEMPORARY.match(leftover.name):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
 
 
 @contextmanager
@@ -288,12 +290,17 @@ def locked(run_dir: Path):
 
 
 def _candidates(run_dir: Path, damaged: list[str]) -> list[Saved]:
-    """Every folder and file that may be ours; those with damaged metadata are added to `damaged`."""
+    """Every folder and file that may be ours; those with damaged metadata are added to `damaged`.
+
+    Raises UserError for a link to what is not there: its disk may not be mounted, so it is no damage.
+    """
     found = []
     for path in run_dir.iterdir():
         checkpoint, state = CHECKPOINT.match(path.name), STATE.match(path.name)
-        if not (checkpoint or state):
+        if not (checkpoint or state) or (state and path.is_file()):
             continue
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: a link to what is not there. Nothing was changed: bring that back, or remove it")
         try:
             metadata = read_metadata(path)
         except Damaged as error:

@@ -99,6 +99,9 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
         print_summary(run, blas)
     except UserError as error:
         problem = error
+    except OSError:
+        _remove_unused(made)
+        raise
     if problem and group.is_main:
         _remove_unused(made)
     group.agree(problem)
