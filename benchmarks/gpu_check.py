@@ -29,7 +29,7 @@ from coconut import Coconut
 from config import Config
 from dataset import TrainingSequence, alike_micro_batches, collate
 from models.gpt2 import GPT2, GPT2Config
-from models.precision import compute_dtype, computing_in
+from models.precision import compute_dtype, computing_in, training_in
 from parallel.distributed import ALONE
 from parallel.streams import on_gpu
 from training.memory import BUSY
@@ -110,7 +110,7 @@ def results(model: Coconut, rows: list[TrainingSequence], dtype: mx.Dtype) -> di
     """Loss, gradient by name, and greedy answers."""
 
     def computed(batch) -> mx.array:
-        with computing_in(model, dtype):
+        with training_in(model, dtype):
             return model(batch)
 
     own = model.parameters()

@@ -8,7 +8,7 @@ The cache is functional: arrays are replaced and never written to, so gradients 
 
 import mlx.core as mx
 
-State = tuple[mx.array, ...] | None  # keys and values, each [B, H, S, Dh]; None before the first pass
+State = tuple[mx.array, ...]  # keys and values, each [B, H, S, Dh]; empty before the first pass
 
 
 class Columns:
@@ -36,15 +36,10 @@ class Columns:
 
 
 class LayerCache:
-    """Keys and values of one layer for the columns seen so far."""
+    """Keys and values of one layer for the n_columns columns seen so far."""
 
-    def __init__(self, columns: Columns, state: State = None):
-        self.columns, self.state = columns, state
-
-    @property
-    def n_columns(self) -> int:
-        """Columns seen so far."""
-        return 0 if self.state is None else self.state[0].shape[2]
+    def __init__(self, columns: Columns, state: State = (), n_columns: int = 0):
+        self.columns, self.state, self.n_columns = columns, state, n_columns
 
     @property
     def offset(self) -> mx.array:
@@ -62,31 +57,44 @@ class LayerCache:
         Always an array, also where return_array is False, because only an array can hold padding. window_size: the
         most positions, its own included, that a column sees.
         """
-        end = self.n_columns + n_new
-        queries, keys = mx.arange(self.n_columns, end), mx.arange(end)
-        tokens = self.columns.attention_mask[:, :end]  # [B, end]
+        width = self._mask_width(n_new)
+        queries, keys = mx.arange(self.n_columns, self.n_columns + n_new), mx.arange(width)
+        tokens = self.columns.attention_mask[:, :width]  # [B, width]
         mask = (queries[:, None] >= keys)[None, None] & tokens[:, None, None]
         if n_new > 1:
             mask = mask | (queries[:, None] == keys)
         if window_size is None:
             return mask
         # Positions, not columns: padding may lie between a prompt and its answer.
-        positions = mx.cumsum(tokens.astype(mx.int32), axis=1)  # [B, end]
-        near = positions[:, self.n_columns :, None] < positions[:, None] + window_size  # [B, n_new, end]
+        positions = mx.cumsum(tokens.astype(mx.int32), axis=1)  # [B, width]
+        near = positions[:, self.n_columns :, None] < positions[:, None] + window_size  # [B, n_new, width]
         return mask & near[:, None]
+
+    def _mask_width(self, n_new: int) -> int:
+        """Columns that the keys of a pass of n_new columns have."""
+        return self.n_columns + n_new
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append a pass's keys and values [B, H, T, Dh]; returns those of all columns [B, H, S + T, Dh]."""
-        if self.state is not None:
+        n_new = keys.shape[2]
+        if self.state:
             keys = mx.concatenate([self.state[0], keys], axis=2)
             values = mx.concatenate([self.state[1], values], axis=2)
-        self.state = keys, values
+        self.advance((keys, values), n_new)
         return self.state
+
+    def advance(self, state: State, n_new: int) -> None:
+        """Take the state that a pass of n_new columns has made of this one."""
+        self.state, self.n_columns = state, self.n_columns + n_new
+
+    def before(self, n_columns: int) -> "LayerCache":
+        """A cache as this one was when so many columns had been seen."""
+        state = tuple(part[:, :, :n_columns] for part in self.state) if n_columns else ()
+        return type(self)(self.columns, state, n_columns)
 
     def select(self, rows: mx.array) -> None:
         """Keep these rows alone; rows [b] int. The shared columns are selected apart."""
-        if self.state is not None:
-            self.state = self.state[0][rows], self.state[1][rows]
+        self.state = tuple(part[rows] for part in self.state)
 
 
 class BufferedCache(LayerCache):
@@ -97,49 +105,61 @@ class BufferedCache(LayerCache):
 
     ROOM = 64  # columns that a buffer is larger than needed when it is made
 
-    def __init__(self, columns: Columns, state: State = None):
-        super().__init__(columns, state)
-        self._n_columns = 0
-
-    @property
-    def n_columns(self) -> int:
-        return self._n_columns
-
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        start, end = self._n_columns, self._n_columns + keys.shape[2]
-        if self.state is None or end > self.state[0].shape[2]:
+        start, end = self.n_columns, self.n_columns + keys.shape[2]
+        if not self.state or end > self.state[0].shape[2]:
             self.state = tuple(
                 self._with_room(part, old) for part, old in zip((keys, values), self.state or (None,) * 2, strict=True)
             )
         for buffer, part in zip(self.state, (keys, values), strict=True):
             buffer[:, :, start:end] = part
-        self._n_columns = end
+        self.n_columns = end
         return self.state[0][:, :, :end], self.state[1][:, :, :end]
 
     def _with_room(self, part: mx.array, old: mx.array | None) -> mx.array:
         """A buffer for the columns in `old` and those of `part`, which are not written yet."""
         B, H, T, Dh = part.shape
         room = mx.zeros((B, H, T + self.ROOM, Dh), dtype=part.dtype)
-        return room if old is None else mx.concatenate([old[:, :, : self._n_columns], room], axis=2)
+        return room if old is None else mx.concatenate([old[:, :, : self.n_columns], room], axis=2)
 
 
-class PiecewiseCache(LayerCache):
-    """For training on a GPU: the columns of the first pass are apart from later ones and never copied.
+class TrainingCache(LayerCache):
+    """For training on a GPU: the passes write into `buffers` as wide as the batch, and never copy what is there.
 
-    The state is a tuple of one or two pieces [2, B, H, S, Dh], keys and values of the first pass and of the later ones.
+    buffers: keys and values, [B, H, all columns of the batch, Dh] each, zero where no pass has been. MLX writes into an
+    array in place only where nothing else refers to it, so no gradient may go through them. The state stands in their
+    place there: two arrays of the same shape, which take no memory, whose gradients are those of the buffers.
+
+    From the second pass on masks are as wide as the buffers, so that no shape depends on the pass.
     """
 
-    @property
-    def n_columns(self) -> int:
-        return sum(piece.shape[-2] for piece in self.state or ())
+    buffers: State = ()
 
-    def extend(self, piece: mx.array) -> tuple[mx.array, ...]:
-        """Append a pass's keys and values [2, B, H, T, Dh]; returns the pieces."""
-        if not self.state:
-            piece = mx.contiguous(piece)  # a view until here, which every later pass would read out of order
-        first, later = (self.state or ())[:1], (self.state or ())[1:]
-        self.state = (*first, mx.concatenate([*later, piece], axis=3) if later else piece)
-        return self.state
+    def _mask_width(self, n_new: int) -> int:
+        return self.columns.attention_mask.shape[1] if self.n_columns else n_new
+
+    def write(self, fresh: State) -> None:
+        """Write a pass's keys and values [B, H, T, Dh] into the columns behind those seen so far."""
+        if self.buffers:
+            self.buffers = tuple(self._written(*pair) for pair in zip(self.buffers, fresh, strict=True))
+        else:
+            self.buffers = tuple(self._widened(part) for part in fresh)
+
+    def _written(self, buffer: mx.array, part: mx.array) -> mx.array:
+        buffer = buffer[...]  # another object, because an assignment changes the one on its left
+        buffer[:, :, self.n_columns : self.n_columns + part.shape[2]] = part
+        return buffer
+
+    def _widened(self, part: mx.array) -> mx.array:
+        B, H, T, Dh = part.shape
+        n_more = self.columns.attention_mask.shape[1] - T
+        # Zeros and not what the memory holds: a weight of 0 times NaN is NaN.
+        return mx.concatenate([part, mx.zeros((B, H, n_more, Dh), dtype=part.dtype)], axis=2)
+
+    def before(self, n_columns: int) -> "TrainingCache":
+        found = TrainingCache(self.columns, self.state if n_columns else (), n_columns)
+        found.buffers = self.buffers if n_columns else ()  # what later passes have written is masked
+        return found
 
 
 def make_cache(n_layers: int, attention_mask: mx.array, left_padding: mx.array, kind=LayerCache) -> list[LayerCache]:

@@ -9,26 +9,27 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten
 
-from models.cache import BufferedCache, LayerCache, PiecewiseCache, make_cache
+from models.cache import BufferedCache, LayerCache, TrainingCache, make_cache
 from models.ops import (
     Dropout,
     attention,
-    attention_in_pieces,
+    attention_in_training,
     dropout_mask,
     gelu_new,
-    layer_norm,
     linear,
     linear_in_turn,
     random_keys,
 )
+from models.recompute import run_and_recompute
 from parallel.streams import on_gpu
 
 # Of config.json. Other names of Hugging Face (transformers.GPT2Config.attribute_map, and n_ctx of older files).
@@ -176,16 +177,6 @@ class Conv1D(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """MLX's layer norm. On a GPU the gradients of its weight and bias over many columns are sums of our own."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [B, T, D] -> [B, T, D] float32."""
-        if on_gpu() and self.training and x.shape[1] > 1:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        return super().__call__(x)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over this pass's columns and the cache's."""
 
@@ -200,24 +191,29 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
         """x [B, T, D], mask bool [B, 1, T, S] -> [B, T, D]; the cache grows by T columns."""
         B, T, D = x.shape
-        run = self._run_in_pieces if isinstance(cache, PiecewiseCache) else self._run
+        run = self._run_in_training if isinstance(cache, TrainingCache) else self._run
         out = run(self.c_attn(x), mask, cache, keys[0])  # [B, H, T, Dh]
-        out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
+        out = _swap_heads_and_columns(out).reshape(B, T, D)
         return self.resid_dropout(self.c_proj(out), keys[1])
 
     def _run(self, qkv: mx.array, mask: mx.array, cache: LayerCache, key: mx.array | None) -> mx.array:
         parts = mx.split(qkv, 3, axis=-1)  # q, k, v: [B, T, D] each
-        q, k, v = (part.reshape(*part.shape[:2], self.n_head, -1).transpose(0, 2, 1, 3) for part in parts)
+        q, k, v = (_swap_heads_and_columns(part.reshape(*part.shape[:2], self.n_head, -1)) for part in parts)
         k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
         return attention(q, k, v, mask, self.attn_dropout, key)
 
-    def _run_in_pieces(self, qkv: mx.array, mask: mx.array, cache: PiecewiseCache, key: mx.array | None) -> mx.array:
+    def _run_in_training(self, qkv: mx.array, mask: mx.array, cache: TrainingCache, key: mx.array | None) -> mx.array:
         B, T, _ = qkv.shape
         # Split along an axis of its own, so that the backward pass writes all gradients straight into one array.
-        q, kv = mx.split(qkv.reshape(B, T, 3, self.n_head, -1), [1], axis=2)  # [B, T, 1 or 2, H, Dh]
-        pieces = cache.extend(kv.transpose(2, 0, 3, 1, 4))  # [2, B, H, T, Dh]
-        out, cache.state = attention_in_pieces(q.squeeze(2).transpose(0, 2, 1, 3), pieces, mask, self.attn_dropout, key)
-        return out
+        parts = mx.split(qkv.reshape(B, T, 3, self.n_head, -1), 3, axis=2)  # [B, T, 1, H, Dh] each
+        q, k, v = (_swap_heads_and_columns(part.squeeze(2)) for part in parts)
+        return attention_in_training(q, (k, v), cache, mask, self.attn_dropout, key)
+
+
+def _swap_heads_and_columns(x: mx.array) -> mx.array:
+    """[B, T, H, Dh] -> [B, H, T, Dh] or back. One column is not transposed: products would copy such an array."""
+    B, one, other, Dh = x.shape
+    return x.reshape(B, other, one, Dh) if 1 in (one, other) else x.transpose(0, 2, 1, 3)
 
 
 class MLP(nn.Module):
@@ -239,9 +235,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
@@ -259,7 +255,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = Dropout(config.embd_pdrop)
         self.h = [Block(config) for _ in range(config.n_layer)]
-        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.grad_checkpoint = False
         self._initialize()
 
@@ -269,7 +265,7 @@ class GPT2(nn.Module):
 
     def make_cache(self, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
         """An empty cache for each block; attention_mask [B, S] bool of all columns to come, left_padding [B] int."""
-        on_this = (PiecewiseCache if self.training else BufferedCache) if on_gpu() else LayerCache
+        on_this = (TrainingCache if self.training else BufferedCache) if on_gpu() else LayerCache
         return make_cache(len(self.h), attention_mask, left_padding, on_this)
 
     def __call__(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
@@ -288,9 +284,27 @@ class GPT2(nn.Module):
             keys = self._masks_at_once(keys, mask.shape)
         recompute = self.grad_checkpoint and self.training
         for i, (block, layer_cache) in enumerate(zip(self.h, cache, strict=True)):
-            run = partial(_run_and_recompute, block) if recompute else block
+            run = partial(run_and_recompute, block) if recompute else block
             x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
+
+    @contextmanager
+    def folded_norms(self) -> Iterator[None]:
+        """Make the gains and biases of the blocks' norms a part of the products behind them, while a step is computed.
+
+        (norm(x) * g + b) W + c is norm(x) (g W) + (b W + c). So the sums over all tokens that the gradients of g and b
+        are need not be taken in each pass.
+        """
+        pairs = [pair for block in self.h for pair in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc))]
+        own = [(norm.pop("weight"), norm.pop("bias"), product.weight, product.bias) for norm, product in pairs]
+        for (gain, bias, _, _), (_, product) in zip(own, pairs, strict=True):
+            product.bias = product.bias + bias @ product.weight
+            product.weight = gain[:, None] * product.weight
+        try:
+            yield
+        finally:
+            for (norm, product), parameters in zip(pairs, own, strict=True):
+                norm.weight, norm.bias, product.weight, product.bias = parameters
 
     @property
     def head(self) -> nn.Module:
@@ -342,19 +356,3 @@ class GPT2(nn.Module):
             layer.weight = mx.random.normal(layer.weight.shape) * std
         for layer in residual:
             layer.weight = mx.random.normal(layer.weight.shape) * (std / math.sqrt(2 * self.config.n_layer))
-
-
-def _run_and_recompute(block: Block, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
-    """Run a block without keeping its activations; the backward pass computes them again (mx.checkpoint).
-
-    mx.checkpoint calls the function twice, so the cache's arrays go in and out of it as arguments.
-    """
-
-    def run(x, mask, state, keys):
-        own = type(cache)(cache.columns, state)
-        return block(x, mask, own, keys), own.state
-
-    own = block.parameters()
-    x, cache.state = checkpoint(block, run)(x, mask, cache.state, keys)
-    block.update(own)  # not those of linear_in_turn, which would keep the activations
-    return x

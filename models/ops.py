@@ -6,15 +6,18 @@ width of a head, N labels, V = vocabulary.
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from parallel.streams import on_gpu
 
 LOG2_E = math.log2(math.e)
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 QUERY_BLOCK = 128  # queries that attention computes at a time
+LOWEST = float(np.finfo(np.float32).min)  # for what is masked; not -inf: a row that sees nothing gives no NaN
 SUM_BLOCK = 256  # terms that a long float32 sum adds before it adds the sums
 
 
@@ -141,22 +144,6 @@ def sum_of_columns(x: mx.array) -> mx.array:
     return x.astype(mx.float32).sum(axis=1)  # a bfloat16 sum stops growing at 256 times its terms
 
 
-@mx.custom_function
-def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Layer norm of x [B, T, D], for training on GPUs: its gradients of weight and bias [D] are sums in two steps."""
-    return mx.fast.layer_norm(x, weight, bias, eps)
-
-
-@layer_norm.vjp
-def _layer_norm_vjp(primals, cotangent, out):
-    x, weight, _, eps = primals
-    to_normal = [cotangent * weight]
-    [normal], [to_x] = mx.vjp(lambda x: mx.fast.layer_norm(x, None, None, eps), _again([x], cotangent), to_normal)
-    to_weight, to_bias = (sum_of_columns(g).sum(axis=0) for g in (cotangent * normal, cotangent))
-    [to_x] = mx.depends([to_x], [to_weight, to_bias])  # see _linear_vjp
-    return to_x, to_weight, to_bias, None
-
-
 def random_keys(n: int) -> list[mx.array]:
     """Draw n keys from MLX's random state."""
     key = mx.random.randint(-(2**31), 2**31 - 1, (2,)).view(mx.uint32)
@@ -216,96 +203,106 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
         end = min(start + QUERY_BLOCK, n_queries)
         seen = n_cached + end  # causal: queries in this block attend to keys up to `seen`
         shape = (*q.shape[:2], end - start, seen)
-        keep = dropout_mask(block_key, shape, rate) if rate else mx.array(True)
+        keep = dropout_mask(block_key, shape, rate) if rate else None
         out.append(_attend(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], mask[:, :, start:end, :seen], keep)[0])
     return mx.concatenate(out, axis=2)
 
 
-def attention_in_pieces(q: mx.array, pieces: tuple, mask: mx.array, dropout: Dropout, key: mx.array | None):
-    """Training on a GPU: (`attention` over the pieces of a PiecewiseCache, those pieces for the next pass).
+def attention_in_training(q, fresh, cache, mask: mx.array, dropout: Dropout, key: mx.array | None) -> mx.array:
+    """Training on a GPU: `attention` to all columns of a TrainingCache, after writing this pass's into it.
 
-    The pieces are joined again in the backward pass, so that not every pass keeps a copy. The first one is handed on
-    from pass to pass as parameters are (`linear_in_turn`).
+    q [B, H, T, Dh]; fresh: this pass's keys and values, [B, H, T, Dh] each; mask bool [B, 1, T, W], W the first columns
+    that the pass may see -> [B, H, T, Dh].
+
+    The backward pass reads keys and values from the cache as the last pass has left it, so that no pass keeps its own:
+    those of later passes have weight 0 in this one. Gradients of the buffers come back from pass to pass, as those of
+    parameters do (`linear_in_turn`), through the cache's state.
     """
-    rate, n_keys = dropout.rate, sum(piece.shape[3] for piece in pieces)
-    keep = dropout_mask(key, (*q.shape[:3], n_keys), rate) if rate else mx.array(True)
-    found = _attend_pieces(q * q.shape[-1] ** -0.5, pieces, mask, keep)
-    return found[0] * (1 / (1 - rate)), (found[2], *pieces[1:])
+    q = _in_order(q)
+    start, n_new, width = cache.n_columns, q.shape[2], mask.shape[-1]
+    scale, rate = q.shape[-1] ** -0.5, dropout.rate
+    keep = dropout_mask(key, (*q.shape[:3], width), rate) if rate else None
+
+    def dropped(weights: mx.array) -> mx.array:  # [B, H, T, W]
+        return weights if keep is None else mx.where(keep, weights * (1 / (1 - rate)), 0)
+
+    @mx.custom_function
+    def attend(q, fresh, state):
+        cache.write(fresh)
+        k, v = (buffer[:, :, :width] for buffer in cache.buffers)
+        scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32) * scale
+        weights = mx.softmax(mx.where(mask, scores, LOWEST), axis=-1, precise=True)
+        state = state or tuple(mx.broadcast_to(mx.zeros((), x.dtype), x.shape) for x in cache.buffers)
+        return dropped(weights).astype(v.dtype) @ v, weights, state
+
+    @attend.vjp
+    def attend_vjp(primals, cotangents, outputs):
+        q, _, state = primals
+        gradient = _in_order(cotangents[0])  # [B, H, T, Dh]
+        k, v = (buffer[:, :, :width] for buffer in cache.buffers)
+        again = dropped(_again(outputs[1:2], gradient)[0])
+        to_scores = _softmax_vjp(outputs, again, gradient, gradient @ v.swapaxes(-1, -2)) * scale
+        pairs = (to_scores.astype(q.dtype), q), (again.astype(q.dtype), gradient)
+        totals = [_plus_product(c[:, :, :width], *pair) for c, pair in zip(cotangents[2], pairs, strict=True)]
+        [to_q] = mx.depends([pairs[0][0] @ k], totals)  # see _linear_vjp
+        return to_q, tuple(total[:, :, start : start + n_new] for total in totals), tuple(totals) if state else ()
+
+    found: Any = attend(q, fresh, cache.state)
+    cache.advance(found[2], n_new)
+    return found[0]
 
 
-@mx.custom_function
-def _attend_pieces(q, pieces, mask, keep):
-    return *_attend_forward(q, *_keys_and_values(pieces), mask, keep), pieces[0]
+def _in_order(rows: mx.array) -> mx.array:
+    """rows [B, H, T, Dh] as products want them, which copy anything else each time; one column is right as it is."""
+    return rows if rows.shape[2] == 1 else mx.contiguous(rows)
 
 
-@_attend_pieces.vjp
-def _attend_pieces_vjp(primals, cotangents, outputs):
-    q, pieces, mask, keep = primals
-    gradient, n = mx.contiguous(cotangents[0]), pieces[0].shape[3]  # [B, H, T, Dh]
-    k, v = _keys_and_values(_again(pieces, gradient))
-    to_scores, dropped = _softmax_vjp(outputs[:2], keep, gradient, gradient @ v.swapaxes(-1, -2))
-    to_first, *to_later = _to_pieces(cotangents[2], [to_scores, dropped], [q, gradient], n)
-    [to_q] = mx.depends([to_scores @ k], [to_first])  # see _linear_vjp
-    return to_q, (to_first, *to_later), mx.zeros_like(mask), mx.zeros_like(keep)
-
-
-def _to_pieces(so_far: mx.array, weights: list[mx.array], rows: list[mx.array], n: int) -> list[mx.array]:
-    """Gradients of keys and values, [2, B, H, S, Dh] for each piece, of which the first has n columns.
-
-    weights [B, H, T, S] and rows [B, H, T, Dh]: those of keys and those of values.
-    """
-    weights = [part.swapaxes(-1, -2) for part in weights]  # [B, H, S, T]
-    if weights[0].shape[2] == n:
-        return [so_far + mx.stack([w @ x for w, x in zip(weights, rows, strict=True)])]
-    both, rows = mx.stack(weights), mx.stack(rows)  # small here: later passes have few queries
-    return [mx.addmm(so_far, both[..., :n, :], rows), both[..., n:, :] @ rows]
-
-
-def _keys_and_values(pieces) -> list[mx.array]:
-    """Of all columns, [B, H, S, Dh] each."""
-    joined = mx.concatenate(pieces, axis=3) if len(pieces) > 1 else pieces[0]
-    return [part.squeeze(0) for part in mx.split(joined, 2)]
+def _plus_product(total: mx.array, weights: mx.array, rows: mx.array) -> mx.array:
+    """total [B, H, W, Dh] + weights^T rows; weights [B, H, T, W], rows [B, H, T, Dh]."""
+    if rows.shape[2] > 1:
+        return mx.addmm(total, weights.swapaxes(-1, -2), rows)
+    wide, weights, rows = (x.astype(mx.float32) for x in (total, weights.swapaxes(-1, -2), rows))
+    return (wide + weights * rows).astype(total.dtype)  # one element-wise kernel
 
 
 @mx.custom_function
 def _attend(q, k, v, mask, keep):
-    """(softmax(q k^T) * keep) v over one block -> ([B, H, T, Dh], weights [B, H, T, S]).
+    """(softmax(q k^T) * keep) v over one block -> ([B, H, T, Dh], weights [B, H, T, S]); keep None: nothing is dropped.
 
     The softmax is float32 for any input. A gradient of its own halves its time on CPU.
     """
-    return _attend_forward(q, k, v, mask, keep)
-
-
-def _attend_forward(q, k, v, mask, keep):
     weights = _masked_softmax((q @ k.swapaxes(-1, -2)).astype(mx.float32), mask)  # [B, H, T, S]
-    return _drop(weights, keep).astype(v.dtype) @ v, weights
-
-
-def _masked_softmax(scores: mx.array, mask: mx.array) -> mx.array:
-    lowest = mx.finfo(mx.float32).min  # not -inf: a row that may attend to nothing gives no NaN
-    if on_gpu():
-        return mx.softmax(mx.where(mask, scores, lowest), axis=-1, precise=True)
-    scores = scores + mx.where(mask, 0, lowest)
-    weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    return _kept(weights, keep).astype(v.dtype) @ v, weights
 
 
 @_attend.vjp
 def _attend_vjp(primals, cotangents, outputs):
     q, k, v, mask, keep = primals
     gradient = mx.contiguous(cotangents[0])  # [B, H, T, Dh]
-    to_scores, dropped = _softmax_vjp(outputs, keep, gradient, gradient @ v.swapaxes(-1, -2))
-    to_k, to_v = to_scores.swapaxes(-1, -2) @ q, dropped.swapaxes(-1, -2) @ gradient  # [B, H, S, Dh]
-    return to_scores @ k, to_k, to_v, mx.zeros_like(mask), mx.zeros_like(keep)
+    dropped = _kept(outputs[1], keep)
+    to_scores = _softmax_vjp(outputs, dropped, gradient, gradient @ v.swapaxes(-1, -2)).astype(gradient.dtype)
+    to_k, to_v = to_scores.swapaxes(-1, -2) @ q, dropped.astype(gradient.dtype).swapaxes(-1, -2) @ gradient
+    return to_scores @ k, to_k, to_v, mx.zeros_like(mask), None if keep is None else mx.zeros_like(keep)
 
 
-def _softmax_vjp(outputs, keep: mx.array, gradient: mx.array, to_weights: mx.array) -> tuple[mx.array, mx.array]:
-    """(gradient of the scores, weights after dropout), [B, H, T, S] each in the gradient's type.
+def _kept(weights: mx.array, keep: mx.array | None) -> mx.array:
+    return weights if keep is None else weights * keep
 
-    outputs: attention's own output and its weights; gradient: of the output; to_weights: gradient of dropped weights.
+
+def _masked_softmax(scores: mx.array, mask: mx.array) -> mx.array:
+    scores = scores + mx.where(mask, 0, LOWEST)
+    weights = exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _softmax_vjp(outputs, dropped: mx.array, gradient: mx.array, to_weights: mx.array) -> mx.array:
+    """Gradient of attention's scores [B, H, T, S] float32.
+
+    outputs: attention's own output and its weights; dropped: the weights after dropout; gradient: of the output;
+    to_weights: gradient of the dropped weights.
     """
-    out, weights = outputs
-    dropped = _drop(_again([weights], gradient)[0] if on_gpu() else weights, keep)
+    out, weights = outputs[:2]
     mean = (gradient.astype(mx.float32) * out).sum(axis=-1, keepdims=True)  # [B, H, T, 1]
-    to_scores = dropped * to_weights - weights * mean
-    return to_scores.astype(gradient.dtype), dropped.astype(gradient.dtype)
+    if dropped is weights:
+        return weights * (to_weights - mean)
+    return dropped * to_weights - weights * mean

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,3 +39,10 @@ def computing_in(model: nn.Module, dtype: mx.Dtype) -> Iterator[None]:
         yield
     finally:
         model.update(parameters)
+
+
+@contextmanager
+def training_in(model: nn.Module, dtype: mx.Dtype) -> Iterator[None]:
+    """`computing_in` for a micro-batch of training: with folded_norms() where the language model has that method."""
+    with getattr(model.transformer, "folded_norms", nullcontext)(), computing_in(model, dtype):
+        yield

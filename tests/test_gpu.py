@@ -20,9 +20,9 @@ from coconut import Coconut
 from config import Config
 from dataset import TrainingSequence, alike_micro_batches, collate, micro_batch
 from models import ops
-from models.cache import BufferedCache, make_cache
+from models.cache import BufferedCache, TrainingCache, make_cache
 from models.gpt2 import GPT2, GPT2Config
-from models.precision import computing_in
+from models.precision import computing_in, training_in
 from parallel import streams
 from parallel.distributed import ALONE
 from parallel.streams import on_gpu, use_device
@@ -137,7 +137,7 @@ def bfloat16_gradient(model: GPT2, loss) -> dict[str, mx.array]:
     wrapped = Coconut(model)
 
     def computed() -> mx.array:
-        with computing_in(wrapped, mx.bfloat16):
+        with training_in(wrapped, mx.bfloat16):
             return loss(model)
 
     gradient = nn.value_and_grad(wrapped, computed)()[1]
@@ -151,13 +151,23 @@ N_ROWS = 6003  # a bfloat16 sum of ones ends at 256
     ("name", "loss"),
     [
         ("h.0.attn.c_proj.bias", lambda model: model.h[0].attn.c_proj(mx.ones((3, N_ROWS // 3, 16))).sum()),
-        ("h.0.ln_1.bias", lambda model: model.h[0].ln_1(mx.ones((3, N_ROWS // 3, 16))).sum()),
+        ("ln_f.bias", lambda model: model.ln_f(mx.ones((3, N_ROWS // 3, 16))).sum()),
         ("wte.weight", lambda model: model.embed(mx.ones((N_ROWS,), dtype=mx.int32)).sum()),
     ],
 )
 def test_gradients_of_biases_norms_and_embeddings_are_float32_sums(name, loss):
     found = bfloat16_gradient(small_gpt2(), loss)[name]
     assert found.dtype == mx.float32 and found.max().item() == N_ROWS
+
+
+def test_gradients_of_norms_in_the_products_behind_them_are_float32_sums():
+    """A norm of equal numbers is its bias, times a row sum of the matrix for each token."""
+    model = small_gpt2()
+    block, x = model.h[0], mx.ones((3, N_ROWS // 3, 16))
+    found = bfloat16_gradient(model, lambda model: block.attn.c_attn(block.ln_1(x)).sum())
+    expected = N_ROWS * block.attn.c_attn.weight.sum(axis=1)
+    assert found["h.0.ln_1.bias"].dtype == mx.float32
+    assert mx.allclose(found["h.0.ln_1.bias"], expected, rtol=1e-5).item()
 
 
 def test_products_are_bfloat16_and_what_is_added_up_is_float32():
@@ -236,25 +246,54 @@ def test_a_gpus_step_equals_the_cpus(rows, monkeypatch):
         assert mx.allclose(other_gradient[name], expected, atol=1e-5, rtol=1e-4).item(), name
 
 
-@pytest.mark.parametrize("n_first", [20, 12])
-def test_a_gpus_attention_equals_the_cpus(n_first, gpu_code):
-    """With dropout, over one piece and two. A CPU draws a mask for each block of queries, from a key of its own."""
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("bounds", [(20,), (12, 20), (12, 13, 14, 20), (1, 2, 20)])
+def test_a_gpus_attention_equals_the_definition(bounds, rate, gpu_code):
+    """Output and gradients of passes that end at `bounds`, beside MLX's own gradient of one pass over all columns."""
     mx.random.seed(1)
-    kv, q = mx.random.normal((2, 2, 2, 20, 8)), mx.random.normal((2, 2, 20, 8))
-    mask, key, dropout = mx.tril(mx.ones((1, 1, 20, 20))).astype(mx.bool_), mx.random.key(2), ops.Dropout(0.3)
+    q, k, v = mx.random.normal((3, 2, 2, 20, 8))  # [B, H, T, Dh] each
+    visible = mx.tril(mx.ones((2, 1, 20, 20))).astype(mx.bool_)
+    kept = mx.random.uniform(shape=(2, 2, 20, 20)) >= rate
 
-    def in_pieces(q, kv):
-        pieces = [piece for piece in mx.split(kv, [n_first], axis=3) if piece.size]
-        out, (first, *later) = ops.attention_in_pieces(q, tuple(pieces), mask, dropout, mx.random.split(key, 1)[0])
-        assert first.shape == pieces[0].shape and len(later) == len(pieces) - 1
-        return (out * mx.arange(8)).sum() + 3 * first.sum()
+    def in_passes(q, k, v):
+        [cache] = make_cache(1, mx.ones((2, 20), dtype=mx.bool_), mx.zeros(2, dtype=mx.int32), TrainingCache)
+        out, start = [], 0
+        for end in bounds:
+            new = [x[:, :, start:end] for x in (q, k, v)]
+            mask = cache.make_mask(end - start)
+            keep = kept[:, :, start:end, : mask.shape[-1]]
+            out.append(ops.attention_in_training(new[0], (new[1], new[2]), cache, mask, ops.Dropout(rate), keep))
+            start = end
+        return (mx.concatenate(out, axis=2) * mx.arange(8)).sum()
 
-    def whole(q, kv):
-        return (ops.attention(q, *kv, mask, dropout, key) * mx.arange(8)).sum() + 3 * kv[:, :, :, :n_first].sum()
+    def at_once(q, k, v):
+        scores = mx.where(visible, q @ k.swapaxes(-1, -2) * 8**-0.5, -1e9)
+        weights = mx.where(kept, mx.softmax(scores, axis=-1) / (1 - rate), 0)
+        return (weights @ v * mx.arange(8)).sum()
 
-    found, expected = (mx.value_and_grad(function, argnums=(0, 1))(q, kv) for function in (in_pieces, whole))
+    found, expected = (mx.value_and_grad(function, argnums=(0, 1, 2))(q, k, v) for function in (in_passes, at_once))
     for (_, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
         assert mx.allclose(one, other, atol=1e-4, rtol=1e-5).item()
+
+
+def test_what_a_column_adds_to_bfloat16_gradients_is_rounded_once():
+    mx.random.seed(4)
+    parts = total, weights, rows = [mx.random.normal((1, 2, *end)) for end in ((9, 8), (1, 9), (1, 8))]
+    narrow = [part.astype(mx.bfloat16) for part in parts]
+    total, weights, rows = [part.astype(mx.float32) for part in narrow]
+    expected = (total + weights.swapaxes(-1, -2) * rows).astype(mx.bfloat16)
+    assert mx.array_equal(ops._plus_product(*narrow), expected).item()
+
+
+def test_the_first_pass_sees_its_own_columns_and_later_ones_have_one_width():
+    """So the first pass computes no score of a column to come, and no shape depends on the number of the pass."""
+    [cache] = make_cache(1, mx.ones((2, 9), dtype=mx.bool_), mx.zeros(2, dtype=mx.int32), TrainingCache)
+    fresh, widths = [mx.ones((2, 1, n, 4)) for n in (5, 1, 3)], []
+    for part in fresh:
+        widths.append(cache.make_mask(part.shape[2]).shape[-1])
+        cache.write((part, part))
+        cache.advance(cache.state, part.shape[2])
+    assert widths == [5, 9, 9] and [buffer.shape[2] for buffer in cache.buffers] == [9, 9]
 
 
 def calm_optimizer(model: Coconut, config: Config):

@@ -1,6 +1,7 @@
 """The model equals its definition: the thought loop, decoding, accumulation, names, dropout, determinism."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ from models.cache import make_cache
 from models.gpt2 import GPT2, MLP, Attention, GPT2Config
 from models.loading import load_gpt2, sinusoids
 from models.ops import Dropout, attention, dropout_mask, random_keys
-from models.precision import compute_dtype, computing_in
+from models.precision import compute_dtype, computing_in, training_in
 from models.source import Source
 from parallel.streams import even_slices, n_streams, on_gpu, use_streams
 from startup import blas  # noqa: F401  before mlx
@@ -360,7 +361,7 @@ def test_bfloat16_computes_near_float32_and_leaves_float32_parameters():
     for dtype in (mx.float32, mx.bfloat16):
 
         def loss(batch, dtype=dtype):
-            with computing_in(model, dtype):
+            with training_in(model, dtype):
                 return model(batch)
 
         results.append(nn.value_and_grad(model, loss)(batch))
@@ -375,6 +376,32 @@ def test_bfloat16_computes_near_float32_and_leaves_float32_parameters():
         assert hidden.dtype == mx.float32 and cache[0].state[0].dtype == mx.bfloat16
         assert len(model.generate(batch, 3, VOCABULARY)) == len(batch.last_column)
     assert all(mx.array_equal(before[name], array).item() for name, array in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gains_and_biases_in_the_products_behind_them_change_no_gradient(recompute):
+    """Beside the model as it is, with gains and biases that are far from 1 and 0, dropout on, and thoughts."""
+    model, batch = make_model(attn_pdrop=0.2, resid_pdrop=0.2), make_batch(make_rows())
+    mx.random.seed(5)
+    drawn = [(name, array + mx.random.normal(array.shape)) for name, array in tree_flatten(model.parameters())]
+    model.load_weights(drawn)
+    results = []
+    for context in (nullcontext, lambda: training_in(model, mx.float32)):
+        model.transformer.grad_checkpoint = recompute and bool(results)
+
+        def loss(batch, context=context):
+            with context():
+                return model(batch)
+
+        mx.random.seed(6)
+        results.append(nn.value_and_grad(model.train(), loss)(batch))
+        assert all(mx.array_equal(model_array, array).item() for (_, model_array), (_, array) in zip(
+            tree_flatten(model.parameters()), drawn, strict=True))  # fmt: skip
+    (loss, gradient), (other_loss, other_gradient) = results
+    assert other_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert [name for name, _ in tree_flatten(gradient)] == [name for name, _ in tree_flatten(other_gradient)]
+    for (name, expected), (_, found) in zip(tree_flatten(gradient), tree_flatten(other_gradient), strict=True):
+        assert mx.allclose(found, expected, atol=1e-4 * mx.abs(expected).max().item(), rtol=1e-4).item(), name
 
 
 def test_bfloat16_is_for_gpus():

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from coconut import Batch, Coconut
 from config import Config
 from dataset import Chunk
-from models.precision import compute_dtype, computing_in
+from models.precision import compute_dtype, training_in
 from parallel.distributed import ALONE, Group
 from parallel.streams import map_streams, on_gpu
 from utils import RunError
@@ -47,7 +47,7 @@ class TrainStep:
         dtype = compute_dtype(config.bf16)
 
         def weighted_loss(batch, loss_weight):
-            with computing_in(model, dtype):
+            with training_in(model, dtype):
                 return model(batch) * loss_weight
 
         self._loss_and_gradient = nn.value_and_grad(model, weighted_loss)
