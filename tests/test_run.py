@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
 from training import resume, setup, step, trainer
+from utils import Stopped
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
@@ -37,6 +39,10 @@ PREDICTION_KEYS = {
 def names(folder) -> set[str]:
     """What a user sees in a folder; the place in a state's name is left out."""
     return {re.sub(r"^state_\d+_\d+$", "state", path.name) for path in folder.iterdir() if path.name[0] != "."}
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def jsonl(path) -> list[dict]:
@@ -712,6 +718,70 @@ def test_weights_that_no_loss_shows_to_be_spoiled_are_not_saved(tiny, call_main,
     outcome = call_main(tiny.config(num_epochs=2))
     assert outcome.status == 1 and "the weights or the optimizer's moments are not finite after epoch 2" in outcome.err
     assert names(tiny.runs / "tiny") == before
+
+
+@pytest.fixture
+def last_item_spoiled(tiny, monkeypatch):
+    """A context in which steps spoil positions that only the test's last validation item reaches.
+
+    The loss before every save is that of the first validation batch, which does not hold this item.
+    """
+    items = [tiny_item(a, 2, 1) for a in range(1, 9)]
+    tiny.valid = tiny.write("valid.json", [*items, tiny_item(9, 2, 9)])
+    take_step = step.TrainStep.__call__
+
+    @contextmanager
+    def spoiling():
+        def spoil(self, *words):
+            result = take_step(self, *words)
+            positions = self.model.transformer.wpe
+            positions.weight = mx.concatenate([positions.weight[:80], mx.full((48, 16), 3e38)])  # not infinite
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(step.TrainStep, "__call__", spoil)
+            yield
+
+    return spoiling
+
+
+def test_a_loss_that_only_the_whole_validation_set_shows_leaves_the_last_good_state(tiny, last_item_spoiled, call_main):
+    """The same command then resumes from there; the spoiled weights are in no folder."""
+    with last_item_spoiled():
+        assert call_main(tiny.config(num_epochs=1)).status == 1
+        assert not resume.holds_training(tiny.runs / "tiny")
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    before, good = names(tiny.runs / "tiny"), contents(tiny.runs / "tiny" / "state_0_2")
+    with last_item_spoiled():
+        outcome = call_main(tiny.config(num_epochs=2))
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    assert re.search(r"error: the validation loss of .*valid.json is (nan|inf) after epoch 2", outcome.err)
+    assert "resumes from there" in outcome.err
+    assert names(tiny.runs / "tiny") == before and contents(tiny.runs / "tiny" / "state_0_2") == good
+    outcome = call_main(tiny.config(num_epochs=2, lr=1e-4))
+    assert outcome.status == 0 and "state_0_2: epoch 2, step 0" in outcome.out
+    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1, 2]
+    assert [path.name for path in resume.find_states(tiny.runs / "tiny")] == ["state_1_2"]
+
+
+def test_a_run_stopped_before_its_validation_loss_keeps_the_state_before_too(
+    tiny, last_item_spoiled, call_main, monkeypatch
+):
+    """It goes on with the validation; where the loss then is not finite, the run is back at the older state."""
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    with last_item_spoiled(), monkeypatch.context() as patch:
+
+        def stopped(self, epoch):
+            raise Stopped(signal.SIGTERM)
+
+        patch.setattr(trainer.Evaluator, "loss", stopped)
+        assert call_main(tiny.config(num_epochs=2)).status == 128 + signal.SIGTERM
+    steps = [r["train/step"] for r in tiny.records() if "train/step" in r]
+    outcome = call_main(tiny.config(num_epochs=2))
+    assert outcome.status == 1 and "state_1_2: epoch 2, step 2" in outcome.out, "no step is taken again"
+    assert steps == [r["train/step"] for r in tiny.records() if "train/step" in r] == [0, 1, 2, 3]
+    assert [path.name for path in resume.find_states(tiny.runs / "tiny")] == ["state_0_2"]
+    assert "checkpoint_2" not in names(tiny.runs / "tiny")
 
 
 def test_a_gradient_that_is_not_finite_is_not_logged(tiny, call_main, monkeypatch):
