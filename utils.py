@@ -113,6 +113,8 @@ class StopSignals:
             yield item
 
     def _note(self, number, frame) -> None:
+        if self.requested and number == signal.SIGXCPU:
+            return  # the kernel repeats it in every second of CPU time, and a step may take longer
         if self.requested:
             self.__exit__()
             signal.raise_signal(number)

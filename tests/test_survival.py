@@ -48,6 +48,7 @@ def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140),
+    (signal.SIGXCPU, 152),
 ])  # fmt: skip
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, tmp_path):
     """Ctrl-C, SIGTERM, a closed terminal and a scheduler's warning save; the same command goes on to the same bits."""
