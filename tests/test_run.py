@@ -361,6 +361,18 @@ def test_an_evaluation_holds_its_directory_too(finished, call_main):
     assert names(folder / "tiny") == set()
 
 
+@pytest.mark.parametrize(("number", "hinted"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_a_full_disk_or_quota_says_to_make_room(tiny, call_main, monkeypatch, number, hinted):
+    def failing(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(ckpt, "sync", failing)
+    outcome = call_main(tiny.config())
+    assert outcome.status == 1 and f"error: [Errno {number}]" in outcome.err
+    assert ("make room and run the same command again" in outcome.err) == hinted
+    assert not resume.holds_training(tiny.runs / "tiny") and not list(tiny.runs.glob("tiny/.state*"))
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_is_no_other_process(tiny, call_main, monkeypatch, number):
     def flock(*_):
