@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -124,6 +125,35 @@ def test_an_evaluation_shows_samples_and_what_is_left(finished):
         assert line.startswith(f"  {prediction['question']}: ") and line.endswith(f"({verdict})")
     assert [bool(re.search(r"2 epochs left, about \d+ seconds", line)) for line in lines].count(True) == 1
     assert [bool(re.search(r"1 epoch left, about \d+ seconds", line)) for line in lines].count(True) == 1
+
+
+@pytest.mark.parametrize("place", ["validation", "mid-epoch"])
+def test_what_is_left_counts_the_time_before_a_restart_too(place, tiny, call_main, monkeypatch):
+    """The epoch in progress had taken ten hours when the run was stopped; two epochs are left behind it."""
+
+    take_step = step.TrainStep.__call__
+
+    def stopped(*_):
+        raise Stopped(signal.SIGTERM)
+
+    def stopped_at_the_second(self, micro_batches, epoch, number, rate):
+        return stopped() if number else take_step(self, micro_batches, epoch, number, rate)
+
+    keys = {"num_epochs": 3, "save_interval_minutes": 1e-9}  # after every step
+    with monkeypatch.context() as patch:
+        if place == "validation":
+            patch.setattr(trainer.Evaluator, "loss", stopped)
+        else:
+            patch.setattr(step.TrainStep, "__call__", stopped_at_the_second)
+        assert call_main(tiny.config(**keys)).status == 128 + signal.SIGTERM
+    state = max(resume.find_states(tiny.runs / "tiny"))
+    position = ckpt.TrainState(**ckpt.read_metadata(state)["position"])
+    assert position.step == (2 if place == "validation" else 1)
+    ckpt.update_state(state, replace(position, train_seconds=36000.0))
+    outcome = call_main(tiny.config(**keys))
+    assert outcome.status == 0, outcome.err
+    left = re.findall(r"epochs? left, about (.*) at this one's speed", outcome.out)
+    assert left[0] == "20.0 hours" and re.fullmatch(r"\d seconds", left[1])
 
 
 def test_predictions_hold_every_item_in_order(finished):

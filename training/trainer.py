@@ -63,15 +63,16 @@ class Trainer:
     def train(self) -> None:
         """Train from the state's place to the last epoch. Raises Stopped, after saving, where a signal asks for it."""
         while self.state.epoch < self.config.num_epochs:
-            started = time.monotonic()
             self.train_epoch()
+            trained = time.monotonic()
             self._check_parameters()
             loss = self._validation_loss()
             self._save_checkpoint()
             self._stop_if_asked()
             result = evaluate(self.run, self.metrics, self.state, self.state.epoch + 1, loss, self.stop)
+            seconds = self.state.train_seconds + time.monotonic() - trained  # of which some may be before a restart
             self._finish_epoch(result.accuracy)
-            self._say_outlook(time.monotonic() - started)
+            self._say_outlook(seconds)
             self._draw_now_and_then()
             self._stop_if_asked()
         if self.group.is_main:
