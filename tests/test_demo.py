@@ -65,6 +65,17 @@ def test_a_run_starts_from_the_demos_own_runs_and_reads_the_data_that_the_demo_m
         assert len(json.loads((tmp_path / "graph_quick_train.json").read_text())) <= 40_000 / 8
 
 
+@pytest.mark.parametrize("words", [[], ["--quick"]])
+def test_no_run_of_the_demo_ends_in_its_warm_up(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = demo.graphs.parse_args(demo.QUICK_DATA if words else [])
+    for name, command in commands_of(["chains", *demo.STARTS], *words).items():
+        config = load_config(command[0], command[1:])
+        n_items = options.chains_train if name == "chains" else options.train
+        n_steps = (config.num_epochs - config.resume) * n_items // config.batch_size_training
+        assert 0 < config.warmup_steps <= n_steps / 2
+
+
 def test_the_quick_demo_trains_one_epoch_a_stage():
     configs = {
         n: load_config(str(ROOT / w[0]), w[1:]) for n, w in commands_of(["chains", *demo.STARTS], "--quick").items()

@@ -705,6 +705,22 @@ def test_a_run_without_thoughts_is_warned_of(tiny, call_main):
     assert "trains no thought" not in call_main(tiny.config(name="b"), "--dry-run").err
 
 
+def test_a_warm_up_longer_than_the_run_is_warned_of(tiny, call_main):
+    """Two steps an epoch: the epochs that `resume` skips are not the run's, those before a restart are."""
+    for keys, words, steps, rate in (
+        ({"warmup_steps": 8, "num_epochs": 1}, [], 2, 0.00025),
+        ({"warmup_steps": 8, "num_epochs": 3}, [], 6, 0.00075),  # resumed
+        ({"warmup_steps": 8, "num_epochs": 5, "resume": 3, "name": "b"}, ["--dry-run"], 4, 0.0005),
+    ):
+        outcome = call_main(tiny.config(**keys), *words)
+        assert outcome.status == 0, outcome.err
+        expected = f"warning: warmup_steps: the run has {steps} optimizer steps, 8 are to warm up; the learning rate"
+        assert f"{expected} ends at {rate} and never reaches lr (0.001)" in outcome.err
+        assert outcome.err.count("warmup_steps") == 1
+    outcome = call_main(tiny.config(warmup_steps=8, num_epochs=4, name="b"), "--dry-run")
+    assert outcome.status == 0 and "warmup_steps" not in outcome.err
+
+
 def test_a_dry_run_leaves_a_finished_run_alone(finished, call_main):
     tiny, _ = finished
     before = {p: p.read_bytes() for p in (tiny.runs / "tiny").rglob("*") if p.is_file()}
