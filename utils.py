@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from startup import signals
+from startup import cache_folder, owner_problem, signals  # noqa: F401  for rooms that do not import startup
 
 
 class UserError(Exception):
