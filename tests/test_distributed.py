@@ -548,6 +548,31 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
     assert "Traceback" not in printed
 
 
+NOT_FINITE = """
+import sys
+import run
+from training import trainer
+loss = trainer.Evaluator.loss
+trainer.Evaluator.loss = lambda self, epoch: float("nan") if epoch == 1 else loss(self, epoch)
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_a_validation_loss_that_is_not_finite_leaves_the_state_before(whole, tmp_path):
+    trial = GroupTrial(tmp_path / "spoiled")
+    (tmp_path / "spoiled.py").write_text(NOT_FINITE)
+    with trial.start(script=tmp_path / "spoiled.py") as launch:
+        outcomes = launch.wait()
+    assert [status for status, _, _ in outcomes] == [1, 1], outcomes
+    printed = "".join(out + err for _, out, err in outcomes)
+    assert printed.count("error: the validation loss of") == 1 and "Traceback" not in printed
+    [state] = trial.run_dir.glob("state_*_*")
+    assert json.loads((state / "coconut.json").read_text())["position"]["epoch"] <= 1
+    assert state.name != "state_1_5" and not (trial.run_dir / "checkpoint_2").exists()
+    trial.finish()
+    assert differences(whole, trial) == []
+
+
 @pytest.mark.parametrize(("file", "fact"), [("train.json", "training data"), ("trial.yaml", "configuration")])
 def test_ranks_that_read_different_files_are_an_error(file, fact, tmp_path):
     """Each rank reads its own files, which on several machines may not be the same."""
