@@ -3,16 +3,19 @@
 # make test   from a bare machine to the whole test suite
 #
 # They make .venv with the machine's python3 (3.10 or newer) and install what this platform needs; the second time
-# that takes no time. Linux with an NVIDIA card: make demo CUDA=1. ORACLE=1 adds PyTorch, transformers and mlx-lm, for
-# the tests that compare with them or are about other models than GPT-2.
+# that takes no time. Linux with an NVIDIA card: make demo CUDA=1; later commands keep that build of MLX. ORACLE=1 adds
+# PyTorch, transformers and mlx-lm, for the tests that compare with them or are about other models than GPT-2.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The build of MLX in .venv stays until another one is asked for, with CUDA=1, or CUDA= for the way back.
+CUDA ?= $(if $(wildcard $(VENV)/.runtime-cuda),1)
 RUNTIME := $(VENV)/.runtime-$(if $(CUDA),cuda,default)
 DEVELOPMENT := $(VENV)/.development
 COMPARISON := $(VENV)/.comparison
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+UNINSTALL := $(BIN)/python -m pip uninstall -qq -y --disable-pip-version-check
 
 .PHONY: help show demo demo-quick test lint clean
 
@@ -46,9 +49,12 @@ $(BIN)/python:
 	  { echo "error: Python 3.10 or newer is needed; $$($(PYTHON) --version 2>&1) was found. Name another: make PYTHON=..."; exit 1; }
 	@(trap '' INT; exec $(PYTHON) -m venv $(VENV)) || { echo "error: no venv module (on Debian and Ubuntu: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
 
+# The builds of MLX hold a library of the same name, so the old one goes before the new one comes.
 $(RUNTIME): requirements.txt | $(BIN)/python
 	@echo "installing into $(VENV)"
+	@rm -f $(VENV)/.runtime-*
 	@sed 's/mlx\[cpu\]/mlx[$(if $(CUDA),cuda13,cpu)]/' requirements.txt > $(VENV)/requirements.txt
+	@$(UNINSTALL) mlx mlx-cpu mlx-cuda-12 mlx-cuda-13
 	$(PIP) -r $(VENV)/requirements.txt
 	@touch $@
 

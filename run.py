@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         is_run = not {"-h", "--help", "--dry-run"} & set(arguments)
         message = f"nobody reads stdout any more, so the run {go_on(arguments, group)}" if is_run else ""
     except OSError as error:
-        is_full = error.errno == errno.ENOSPC
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; make room and run the same command again, what was saved before is intact" if is_full else ""
         status, message = 1, f"error: {error}{hint}"
     except Stopped as stopped:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from startup import signals
+from startup import cache_folder, owner_problem, signals  # noqa: F401  for rooms that do not import startup
 
 
 class UserError(Exception):
@@ -113,6 +113,8 @@ class StopSignals:
             yield item
 
     def _note(self, number, frame) -> None:
+        if self.requested and number == signal.SIGXCPU:
+            return  # the kernel repeats it in every second of CPU time, and a step may take longer
         if self.requested:
             self.__exit__()
             signal.raise_signal(number)

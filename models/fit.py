@@ -28,11 +28,7 @@ def needs_rows(
         raise UserError(f"{source}: {name} has shape {table.shape}, expected [vocabulary, n_embd]")
     rows, complete = table.shape[0], tokenizer.vocab_size
     without = complete - N_SPECIAL
-    if rows < without:
-        raise UserError(
-            f"{source}: its vocabulary has {rows:,} rows; the tokenizer ({tokenizer.source}) needs {without:,}, or "
-            f"{complete:,} with the three special tokens. Is it another tokenizer's model?"
-        )
+    check_rows(rows, without, tokenizer, source)
     has_prototype = tokenizer.prototype_id is not None
     exact = rows == complete and (trained is None or not has_prototype)
     if not config.method.special_tokens or (trained and rows >= complete) or exact:
@@ -44,6 +40,16 @@ def needs_rows(
     ignored = f"; the other {rows - without:,} rows of {rows:,} are left out, as padding" if rows > without else ""
     say(f"the three special tokens start from the embedding of `<<`{ignored}")
     return True
+
+
+def check_rows(rows: int, needed: int, tokenizer: Tokenizer, source: Source) -> None:
+    """Raise UserError for a table of fewer rows than tokens: MLX would read past its end, or crash there."""
+    if rows < needed:
+        complete = tokenizer.vocab_size
+        raise UserError(
+            f"{source}: its vocabulary has {rows:,} rows; the tokenizer ({tokenizer.source}) needs "
+            f"{complete - N_SPECIAL:,}, or {complete:,} with the three special tokens. Is it another tokenizer's model?"
+        )
 
 
 def with_rows(table: mx.array, tokenizer: Tokenizer) -> mx.array:

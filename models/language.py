@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from config import Config
-from models.fit import N_SPECIAL, check_fit, needs_rows, with_rows
+from models.fit import N_SPECIAL, check_fit, check_rows, needs_rows, with_rows
 from models.lora import ADAPTERS, ROWS, Lora, LoraModel
 from models.mlx_lm import LanguageConfig, LanguageModel, build, self_check
 from models.source import Source, model_folder
@@ -35,6 +35,9 @@ def load_language_model(source: Source, config: Config, tokenizer: Tokenizer) ->
         model = _with_adapters(replace(source, shape=shape), saved, config, tokenizer)
     else:
         model = _whole(replace(source, shape=shape), config, tokenizer)
+    rows = min(model.embedding.weight.shape[0], model.head.weight.shape[0])
+    has_own_rows = isinstance(model, LoraModel) or not config.method.special_tokens  # so the tables need none for them
+    check_rows(rows, tokenizer.vocab_size - N_SPECIAL * has_own_rows, tokenizer, source)
     mx.eval(model.parameters())
     self_check(model, source.weights)
     return model

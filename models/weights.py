@@ -27,6 +27,7 @@ FOREIGN = (  # first bytes of files of other kinds, what they are, and what to d
     (b"GGUF", "a GGUF file", "use the safetensors files of the model it was made from"),
     (b"\x89HDF", "an HDF5 file (TensorFlow or Keras)", "use the model's safetensors or PyTorch files"),
 )
+STATE_KEYS = ("model", "state_dict", "model_state_dict", "module")  # nanoGPT, Lightning, PyTorch's examples, DeepSpeed
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 Tensors = dict[str, mx.array]
@@ -36,7 +37,7 @@ def read_tensors(path: Path) -> Tensors:
     """All tensors of a weights file or folder, evaluated; the format is told by content, never by name.
 
     Reads safetensors (sharded too), .npz, and files of torch.save through torch's weights_only loading: a state dict,
-    or a dictionary that holds one, as nanoGPT writes it.
+    or a dictionary that holds one, as nanoGPT, Lightning and DeepSpeed write it.
     """
     if path.is_dir():
         return {name: tensor for part in _parts(path) for name, tensor in read_tensors(part).items()}
@@ -285,13 +286,20 @@ def _load_torch(path: Path, mapped: bool = False) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def _is_state_dict(found: object) -> bool:
+    """Whether it is a dictionary that holds tensors alone."""
+    return isinstance(found, dict) and bool(found) and all(hasattr(tensor, "numel") for tensor in found.values())
+
+
 def _read_torch(path: Path) -> Tensors:
     found = _load_torch(path)
     if "model_args" in found:
         warn(f"{path}: nanoGPT's GELU is the exact one; here it is GPT-2's, which differs by up to 0.0005")
-    state = next((found[name] for name in ("model", "state_dict") if isinstance(found.get(name), dict)), found)
-    if not state or not all(hasattr(tensor, "numel") for tensor in state.values()):
-        raise UserError(f"{path}: expected a state dict of tensors, as the official code saves it")
+    state = next(filter(_is_state_dict, [*map(found.get, STATE_KEYS), found]), None)
+    if state is None:
+        raise UserError(
+            f"{path}: expected a state dict of tensors, bare or under {', '.join(f'`{key}`' for key in STATE_KEYS)}"
+        )
     n_bytes = 4 * sum(tensor.numel() for tensor in state.values())  # a view can be larger than its file
     if n_bytes > memory_size():
         raise UserError(f"{path}: its tensors take {human_size(n_bytes)}, more than this machine's memory")

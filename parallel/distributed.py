@@ -29,6 +29,16 @@ FOREIGN_LAUNCHERS = {  # variable with the number of processes -> launcher
     "JSM_NAMESPACE_SIZE": "jsrun",
     "FLUX_JOB_SIZE": "flux run",
     "SLURM_STEP_NUM_TASKS": "srun",  # SLURM_NTASKS is set in a batch script too, which is one process
+    "MVP_COMM_WORLD_SIZE": "MVAPICH's mpiexec",
+    "HOROVOD_SIZE": "horovodrun",
+    "MPI_LOCALNRANKS": "mpiexec",  # of MPICH and Intel MPI; on this machine, as the next one
+    "PALS_LOCAL_SIZE": "HPE's mpiexec",
+}
+FOREIGN_RANKS = {  # variable with the number of a process, from 0, where no variable has how many there are -> launcher
+    "PMI_ID": "mpiexec",
+    "PMIX_RANK": "a PMIx launcher",  # prterun, mpirun, srun --mpi=pmix
+    "PALS_RANKID": "HPE's mpiexec",
+    "ALPS_APP_PE": "aprun",
 }
 
 
@@ -215,11 +225,13 @@ def _launched(environment: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
-    for name, launcher in FOREIGN_LAUNCHERS.items():
-        value = environment.get(name) or "1"
+    """Raise UserError where one of several processes is sure; a first one that does not know of others may be alone."""
+    for name, launcher in (FOREIGN_LAUNCHERS | FOREIGN_RANKS).items():
+        alone = 0 if name in FOREIGN_RANKS else 1
+        value = environment.get(name) or str(alone)
         if not value.isdecimal():
-            raise ValueError(f"{name} is {value}, expected a number of processes")
-        if int(value) > 1:
+            raise ValueError(f"{name} is {value}, expected a number")
+        if int(value) > alone:
             raise UserError(
                 f"started by {launcher} ({name} is {value}): each process would train for itself. Use "
                 "`mlx.launch -n N --backend ring -- python run.py CONFIG`"

@@ -116,6 +116,7 @@ def command_of(name: str, folder: Path, options: argparse.Namespace) -> list[str
         prefix = "data/graph_quick_chains" if name == "chains" else "data/graph_quick"
         keys += [f"train_path={prefix}_train.json", f"val_path={prefix}_valid.json"]
         keys += ["tokenizer=data/graph_quick_vocabulary.json", f"num_epochs={1 if name == 'chains' else QUICK_EPOCHS}"]
+        keys.append("warmup_steps=20")  # of the 40 of an epoch
     return [f"args/graph_{name}.yaml", *keys]
 
 

@@ -4,6 +4,7 @@ Only entry points import this room for its effects. The environment is written h
 """
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -13,3 +14,14 @@ def cache_folder() -> Path:
     Raises RuntimeError for a user without a home directory.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx").expanduser()
+
+
+def owner_problem(path: Path) -> str | None:
+    """Why nothing that is kept at `path` may be trusted, None where it may: whoever can write to it decides what it is.
+
+    Raises OSError where there is nothing.
+    """
+    found = path.stat()
+    if found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return None
+    return f"{path} belongs to another user or can be written by others"

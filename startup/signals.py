@@ -14,8 +14,9 @@ import os
 import sys
 
 unfinished: set[str] = set()  # temporary files that the handler removes
-# A closed terminal sends SIGHUP; Slurm (SIGUSR1) and Grid Engine (SIGUSR2) warn before a job's time ends.
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# A closed terminal sends SIGHUP; Slurm (SIGUSR1), Grid Engine (SIGUSR2) and a soft limit of CPU time (SIGXCPU) warn
+# before a job's time ends. SIGQUIT is left alone: it is the user's way to a core dump.
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 silent = False  # True in all processes but one of a distributed run (utils.silence)
 
 

@@ -1,8 +1,11 @@
 """The demo: its data, table, pictures and messages."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,17 @@ def test_a_run_starts_from_the_demos_own_runs_and_reads_the_data_that_the_demo_m
         named = {path for c in configs.values() for path in (c.train_path, c.val_path, c.tokenizer)}
         assert named <= {f"data/{path.name}" for path in tmp_path.iterdir()}
         assert len(json.loads((tmp_path / "graph_quick_train.json").read_text())) <= 40_000 / 8
+
+
+@pytest.mark.parametrize("words", [[], ["--quick"]])
+def test_no_run_of_the_demo_ends_in_its_warm_up(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = demo.graphs.parse_args(demo.QUICK_DATA if words else [])
+    for name, command in commands_of(["chains", *demo.STARTS], *words).items():
+        config = load_config(command[0], command[1:])
+        n_items = options.chains_train if name == "chains" else options.train
+        n_steps = (config.num_epochs - config.resume) * n_items // config.batch_size_training
+        assert 0 < config.warmup_steps <= n_steps / 2
 
 
 def test_the_quick_demo_trains_one_epoch_a_stage():
@@ -217,6 +231,64 @@ def test_make_rejects_a_python_that_is_too_old(tmp_path):
     assert done.returncode == 2
     assert "error: Python 3.10 or newer is needed; Python 3.9.18 was found" in done.stdout
     assert not (tmp_path / ".venv").exists()
+
+
+def write_wheel(folder, name, requires=(), **files):
+    """A package of a few text files, as pip installs it."""
+    info = f"{name}-0.32.4.dist-info"
+    needs = "".join(
+        f"Provides-Extra: {extra}\nRequires-Dist: {needed}; extra == '{extra}'\n" for extra, needed in requires
+    )
+    contents = {path.replace("__", "/"): text for path, text in files.items()} | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.32.4\n{needs}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*contents, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-0.32.4-py3-none-any.whl", "w") as archive:
+        for path, text in (contents | {f"{info}/RECORD": record}).items():
+            archive.writestr(path, text)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make` in a folder where pip finds small stand-ins of MLX's packages alone: make(*words) -> what it printed.
+
+    As in the real ones, the builds for CPU and for CUDA hold a library of the same name. The demo prints its content.
+    """
+    extras = {"cpu": "mlx_cpu", "cuda13": "mlx_cuda_13"}
+    write_wheel(tmp_path, "mlx", extras.items(), mlx__core="")
+    for extra, name in extras.items():
+        write_wheel(tmp_path, name, mlx__library=f"built for {extra}")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").write_text("mlx[cpu]>=0.32.4,<0.33\n")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "demo.py").write_text(
+        "from importlib.resources import files\nprint(files('mlx').joinpath('library').read_text())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA" and not name.startswith("PIP_")}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+
+    def call(*words):
+        command = ["make", *words, f"PYTHON={sys.executable}"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return call
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_one_build_of_mlx_at_a_time(make, tmp_path):
+    """The one that was asked for last; removing the other one behind it would take its library away."""
+
+    def builds():
+        return sorted(path.name.split("-")[0] for path in tmp_path.glob(".venv/lib/*/site-packages/mlx_c*.dist-info"))
+
+    assert "built for cpu" in make("demo") and builds() == ["mlx_cpu"]
+    assert "built for cuda13" in make("demo", "CUDA=1") and builds() == ["mlx_cuda_13"]
+    printed = make("demo")
+    assert "built for cuda13" in printed and "installing" not in printed, "it stays without being asked for again"
+    assert "built for cpu" in make("demo", "CUDA=") and builds() == ["mlx_cpu"]
 
 
 def test_the_summary_over_seeds(tmp_path):

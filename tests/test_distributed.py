@@ -174,6 +174,9 @@ def test_without_a_launcher_a_process_is_alone(tmp_path):
     assert join({"PMI_SIZE": ""}) is ALONE, "set, and empty"
     assert join({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is ALONE, "a batch script, which is one process"
     assert join({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}) is ALONE
+    assert join({"MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0", "PMI_ID": "0"}) is ALONE, "mpiexec -n 1"
+    assert join({"PALS_LOCAL_SIZE": "1", "PALS_RANKID": "0", "PMIX_RANK": "0", "ALPS_APP_PE": "0"}) is ALONE
+    assert join({"PMIX_RANK": ""}) is ALONE
 
 
 def test_each_launch_of_mlx_is_understood(tmp_path):
@@ -199,6 +202,15 @@ def test_each_launch_of_mlx_is_understood(tmp_path):
         ({"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "1"}, "started by mpirun_rsh"),
         ({"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "1"}, "started by jsrun"),
         ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1"}, "started by flux run"),
+        ({"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "0", "PMI_ID": "0"}, r"mpiexec \(MPI_LOCALNRANKS is 4"),
+        ({"MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0", "PMI_ID": "1"}, r"mpiexec \(PMI_ID is 1"),
+        ({"PALS_LOCAL_SIZE": "2", "PALS_RANKID": "0"}, r"HPE's mpiexec \(PALS_LOCAL_SIZE is 2"),
+        ({"PALS_LOCAL_SIZE": "1", "PALS_RANKID": "1"}, r"HPE's mpiexec \(PALS_RANKID is 1"),
+        ({"MVP_COMM_WORLD_SIZE": "2", "MVP_COMM_WORLD_RANK": "0"}, "started by MVAPICH's mpiexec"),
+        ({"HOROVOD_SIZE": "2", "HOROVOD_RANK": "0"}, "started by horovodrun"),
+        ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "prterun-host-1"}, "started by a PMIx launcher"),
+        ({"ALPS_APP_PE": "3"}, "started by aprun"),
+        ({"PMIX_RANK": "first"}, "are inconsistent.*PMIX_RANK is first, expected a number"),
         ({"WORLD_SIZE": "many"}, "are inconsistent.*WORLD_SIZE is many, expected a number"),
         ({"MLX_RANK": "0"}, "are inconsistent"),
         ({"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere"}, "are inconsistent"),
@@ -534,6 +546,31 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
     printed = "".join(out + err for _, out, err in outcomes)
     assert printed.count("error: the loss is") == 1
     assert "Traceback" not in printed
+
+
+NOT_FINITE = """
+import sys
+import run
+from training import trainer
+loss = trainer.Evaluator.loss
+trainer.Evaluator.loss = lambda self, epoch: float("nan") if epoch == 1 else loss(self, epoch)
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_a_validation_loss_that_is_not_finite_leaves_the_state_before(whole, tmp_path):
+    trial = GroupTrial(tmp_path / "spoiled")
+    (tmp_path / "spoiled.py").write_text(NOT_FINITE)
+    with trial.start(script=tmp_path / "spoiled.py") as launch:
+        outcomes = launch.wait()
+    assert [status for status, _, _ in outcomes] == [1, 1], outcomes
+    printed = "".join(out + err for _, out, err in outcomes)
+    assert printed.count("error: the validation loss of") == 1 and "Traceback" not in printed
+    [state] = trial.run_dir.glob("state_*_*")
+    assert json.loads((state / "coconut.json").read_text())["position"]["epoch"] <= 1
+    assert state.name != "state_1_5" and not (trial.run_dir / "checkpoint_2").exists()
+    trial.finish()
+    assert differences(whole, trial) == []
 
 
 @pytest.mark.parametrize(("file", "fact"), [("train.json", "training data"), ("trial.yaml", "configuration")])

@@ -1,6 +1,7 @@
 """Runs of a tiny Llama through run.py: every method, resuming, two processes, --dry-run, and mistakes."""
 
 import json
+import re
 import shutil
 import string
 
@@ -8,6 +9,8 @@ import mlx.core as mx
 import pytest
 import yaml
 from launched import Launch
+
+from models import language
 
 pytest.importorskip("mlx_lm", reason="requirements-llm.txt is not installed")
 METHODS = {
@@ -109,6 +112,7 @@ def test_a_dry_run_writes_nothing(write, tmp_path, call_main):
         (lambda f: cut(f / "model.safetensors"), "damaged or cut off"),
         (lambda f: edit_tensor(f / "model.safetensors"), "not finite"),
         (lambda f: sentence_pieces(f / "tokenizer.json"), "SentencePiece"),
+        (lambda f: widen(f / "tokenizer.json"), "its tokens have ids up to 7,000, and there are 483"),
     ],
 )
 def test_a_bad_model_folder_is_one_message(spoil, message, write, llama, tmp_path, call_main):
@@ -119,6 +123,41 @@ def test_a_bad_model_folder_is_one_message(spoil, message, write, llama, tmp_pat
     assert outcome.status == 2 and "Traceback" not in outcome.err
     assert message in outcome.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("keys", [
+    METHODS["cot"], METHODS["coconut"], METHODS["cot"] | {"lora_rank": 4}, METHODS["coconut"] | {"lora_rank": 4},
+    METHODS["cot"] | {"lora_rank": 4, "quantize": 8},
+])  # fmt: skip
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_one_message(keys, write, llama, tmp_path, call_main):
+    """MLX reads past the end of a table without a word, or crashes there."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    added = tokens["added_tokens"]
+    added += [added[-1] | {"id": 480 + i, "content": f"<|extra_{i}|>"} for i in range(20)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    outcome = call_main(write(model_id=folder, **keys))
+    assert outcome.status == 2 and "Traceback" not in outcome.err
+    expected = f"error: {folder}: its vocabulary has 480 rows; the tokenizer ({folder}) needs 500, or 503 with"
+    assert expected in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tables_of_unknown_names_have_a_row_for_each_token(write, llama, call_main, monkeypatch):
+    """Some models call them embed_in or word_embeddings: no rows are added there for the special tokens."""
+    monkeypatch.setattr(language, "TABLES", re.compile("word_embeddings"))
+    outcome = call_main(write())
+    assert outcome.status == 2
+    assert f"{llama}: its vocabulary has 480 rows; the tokenizer ({llama}) needs 480, or 483 with" in outcome.err
+    assert call_main(write(num_epochs=1, **METHODS["cot"])).status == 0
+
+
+def widen(path) -> None:
+    """Give a token an id behind a gap."""
+    tokens = json.loads(path.read_text())
+    tokens["model"]["vocab"][max(tokens["model"]["vocab"], key=len)] = 7000
+    path.write_text(json.dumps(tokens))
 
 
 def sentence_pieces(path) -> None:

@@ -115,6 +115,17 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
     assert done.stderr == "stopping after this step; Ctrl-C again stops immediately\ninterrupted\n"
 
 
+def test_a_cpu_time_limit_is_no_second_signal(tmp_path):
+    """The kernel repeats SIGXCPU in every second past the soft limit, also while a step is computed."""
+    loop = "while time.process_time() < 3.5:\n  pass\n stop.check()"
+    limit = "import resource, time\nresource.setrlimit(resource.RLIMIT_CPU, (1, 60))\n"
+    done = signalled(f"{limit}with utils.StopSignals() as stop:\n {loop}", tmp_path)
+    assert done.returncode == 1 and f"stopped by signal {signal.SIGXCPU:d}" in done.stderr
+    assert done.stderr.count("stopping after this step") == 1
+    again = "signal.raise_signal(signal.SIGXCPU)\n signal.raise_signal(2)"
+    assert signalled(f"with utils.StopSignals() as stop:\n {again}", tmp_path).returncode == -signal.SIGINT
+
+
 def test_a_half_written_file_is_removed(tmp_path):
     half = "with utils.replacing(Path('x')) as path:\n path.write_text('half')\n signal.raise_signal(15)"
     assert signalled(half, tmp_path).returncode == -signal.SIGTERM

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +24,7 @@ from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
 from training import resume, setup, step, trainer
+from utils import Stopped
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
 TRAIN_KEYS = {"train/epoch", "train/step", "train/loss", "train/lr", "train/grad_norm", "epoch", "stage"}
@@ -37,6 +40,10 @@ PREDICTION_KEYS = {
 def names(folder) -> set[str]:
     """What a user sees in a folder; the place in a state's name is left out."""
     return {re.sub(r"^state_\d+_\d+$", "state", path.name) for path in folder.iterdir() if path.name[0] != "."}
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def jsonl(path) -> list[dict]:
@@ -118,6 +125,35 @@ def test_an_evaluation_shows_samples_and_what_is_left(finished):
         assert line.startswith(f"  {prediction['question']}: ") and line.endswith(f"({verdict})")
     assert [bool(re.search(r"2 epochs left, about \d+ seconds", line)) for line in lines].count(True) == 1
     assert [bool(re.search(r"1 epoch left, about \d+ seconds", line)) for line in lines].count(True) == 1
+
+
+@pytest.mark.parametrize("place", ["validation", "mid-epoch"])
+def test_what_is_left_counts_the_time_before_a_restart_too(place, tiny, call_main, monkeypatch):
+    """The epoch in progress had taken ten hours when the run was stopped; two epochs are left behind it."""
+
+    take_step = step.TrainStep.__call__
+
+    def stopped(*_):
+        raise Stopped(signal.SIGTERM)
+
+    def stopped_at_the_second(self, micro_batches, epoch, number, rate):
+        return stopped() if number else take_step(self, micro_batches, epoch, number, rate)
+
+    keys = {"num_epochs": 3, "save_interval_minutes": 1e-9}  # after every step
+    with monkeypatch.context() as patch:
+        if place == "validation":
+            patch.setattr(trainer.Evaluator, "loss", stopped)
+        else:
+            patch.setattr(step.TrainStep, "__call__", stopped_at_the_second)
+        assert call_main(tiny.config(**keys)).status == 128 + signal.SIGTERM
+    state = max(resume.find_states(tiny.runs / "tiny"))
+    position = ckpt.TrainState(**ckpt.read_metadata(state)["position"])
+    assert position.step == (2 if place == "validation" else 1)
+    ckpt.update_state(state, replace(position, train_seconds=36000.0))
+    outcome = call_main(tiny.config(**keys))
+    assert outcome.status == 0, outcome.err
+    left = re.findall(r"epochs? left, about (.*) at this one's speed", outcome.out)
+    assert left[0] == "20.0 hours" and re.fullmatch(r"\d seconds", left[1])
 
 
 def test_predictions_hold_every_item_in_order(finished):
@@ -353,6 +389,18 @@ def test_an_evaluation_holds_its_directory_too(finished, call_main):
         outcome = call_main(tiny.config("held.yaml", only_eval=True, load_model_path=weights, save_path=folder))
     assert outcome.status == 2 and "another process" in outcome.err
     assert names(folder / "tiny") == set()
+
+
+@pytest.mark.parametrize(("number", "hinted"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_a_full_disk_or_quota_says_to_make_room(tiny, call_main, monkeypatch, number, hinted):
+    def failing(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(ckpt, "sync", failing)
+    outcome = call_main(tiny.config())
+    assert outcome.status == 1 and f"error: [Errno {number}]" in outcome.err
+    assert ("make room and run the same command again" in outcome.err) == hinted
+    assert not resume.holds_training(tiny.runs / "tiny") and not list(tiny.runs.glob("tiny/.state*"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
@@ -657,6 +705,22 @@ def test_a_run_without_thoughts_is_warned_of(tiny, call_main):
     assert "trains no thought" not in call_main(tiny.config(name="b"), "--dry-run").err
 
 
+def test_a_warm_up_longer_than_the_run_is_warned_of(tiny, call_main):
+    """Two steps an epoch: the epochs that `resume` skips are not the run's, those before a restart are."""
+    for keys, words, steps, rate in (
+        ({"warmup_steps": 8, "num_epochs": 1}, [], 2, 0.00025),
+        ({"warmup_steps": 8, "num_epochs": 3}, [], 6, 0.00075),  # resumed
+        ({"warmup_steps": 8, "num_epochs": 5, "resume": 3, "name": "b"}, ["--dry-run"], 4, 0.0005),
+    ):
+        outcome = call_main(tiny.config(**keys), *words)
+        assert outcome.status == 0, outcome.err
+        expected = f"warning: warmup_steps: the run has {steps} optimizer steps, 8 are to warm up; the learning rate"
+        assert f"{expected} ends at {rate} and never reaches lr (0.001)" in outcome.err
+        assert outcome.err.count("warmup_steps") == 1
+    outcome = call_main(tiny.config(warmup_steps=8, num_epochs=4, name="b"), "--dry-run")
+    assert outcome.status == 0 and "warmup_steps" not in outcome.err
+
+
 def test_a_dry_run_leaves_a_finished_run_alone(finished, call_main):
     tiny, _ = finished
     before = {p: p.read_bytes() for p in (tiny.runs / "tiny").rglob("*") if p.is_file()}
@@ -712,6 +776,70 @@ def test_weights_that_no_loss_shows_to_be_spoiled_are_not_saved(tiny, call_main,
     outcome = call_main(tiny.config(num_epochs=2))
     assert outcome.status == 1 and "the weights or the optimizer's moments are not finite after epoch 2" in outcome.err
     assert names(tiny.runs / "tiny") == before
+
+
+@pytest.fixture
+def last_item_spoiled(tiny, monkeypatch):
+    """A context in which steps spoil positions that only the test's last validation item reaches.
+
+    The loss before every save is that of the first validation batch, which does not hold this item.
+    """
+    items = [tiny_item(a, 2, 1) for a in range(1, 9)]
+    tiny.valid = tiny.write("valid.json", [*items, tiny_item(9, 2, 9)])
+    take_step = step.TrainStep.__call__
+
+    @contextmanager
+    def spoiling():
+        def spoil(self, *words):
+            result = take_step(self, *words)
+            positions = self.model.transformer.wpe
+            positions.weight = mx.concatenate([positions.weight[:80], mx.full((48, 16), 3e38)])  # not infinite
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(step.TrainStep, "__call__", spoil)
+            yield
+
+    return spoiling
+
+
+def test_a_loss_that_only_the_whole_validation_set_shows_leaves_the_last_good_state(tiny, last_item_spoiled, call_main):
+    """The same command then resumes from there; the spoiled weights are in no folder."""
+    with last_item_spoiled():
+        assert call_main(tiny.config(num_epochs=1)).status == 1
+        assert not resume.holds_training(tiny.runs / "tiny")
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    before, good = names(tiny.runs / "tiny"), contents(tiny.runs / "tiny" / "state_0_2")
+    with last_item_spoiled():
+        outcome = call_main(tiny.config(num_epochs=2))
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    assert re.search(r"error: the validation loss of .*valid.json is (nan|inf) after epoch 2", outcome.err)
+    assert "resumes from there" in outcome.err
+    assert names(tiny.runs / "tiny") == before and contents(tiny.runs / "tiny" / "state_0_2") == good
+    outcome = call_main(tiny.config(num_epochs=2, lr=1e-4))
+    assert outcome.status == 0 and "state_0_2: epoch 2, step 0" in outcome.out
+    assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1, 2]
+    assert [path.name for path in resume.find_states(tiny.runs / "tiny")] == ["state_1_2"]
+
+
+def test_a_run_stopped_before_its_validation_loss_keeps_the_state_before_too(
+    tiny, last_item_spoiled, call_main, monkeypatch
+):
+    """It goes on with the validation; where the loss then is not finite, the run is back at the older state."""
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    with last_item_spoiled(), monkeypatch.context() as patch:
+
+        def stopped(self, epoch):
+            raise Stopped(signal.SIGTERM)
+
+        patch.setattr(trainer.Evaluator, "loss", stopped)
+        assert call_main(tiny.config(num_epochs=2)).status == 128 + signal.SIGTERM
+    steps = [r["train/step"] for r in tiny.records() if "train/step" in r]
+    outcome = call_main(tiny.config(num_epochs=2))
+    assert outcome.status == 1 and "state_1_2: epoch 2, step 2" in outcome.out, "no step is taken again"
+    assert steps == [r["train/step"] for r in tiny.records() if "train/step" in r] == [0, 1, 2, 3]
+    assert [path.name for path in resume.find_states(tiny.runs / "tiny")] == ["state_0_2"]
+    assert "checkpoint_2" not in names(tiny.runs / "tiny")
 
 
 def test_a_gradient_that_is_not_finite_is_not_logged(tiny, call_main, monkeypatch):

@@ -48,6 +48,7 @@ def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140),
+    (signal.SIGXCPU, 152),
 ])  # fmt: skip
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, tmp_path):
     """Ctrl-C, SIGTERM, a closed terminal and a scheduler's warning save; the same command goes on to the same bits."""
@@ -60,8 +61,8 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(whole, number, status, t
     assert "Traceback" not in output
     assert "To go on: python run.py" in output
     written = [record["train/step"] for record in map(json.loads, lines(trial)) if "train/step" in record]
-    position = json.loads(next(trial.run_dir.glob("state_*/coconut.json")).read_text())["position"]
-    assert position["epoch"] * 10 + position["step"] >= len(written) - 1, "steps were lost"
+    positions = [json.loads(path.read_text())["position"] for path in trial.run_dir.glob("state_*/coconut.json")]
+    assert max(p["epoch"] * 10 + p["step"] for p in positions) >= len(written) - 1, "steps were lost"
     trial.finish()
     assert differences(whole[0], trial) == []
 

@@ -220,6 +220,56 @@ def test_a_full_disk_gives_one_warning_and_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+# In others' hands
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A cache folder of the user with a file of other tokens under the key `a`."""
+    folder = tmp_path / "tokens"
+    store(folder / "a.npz", TokenDataset(SMALL.starts, SMALL.questions, SMALL.answers, SMALL.tokens + 1))
+    return folder
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
+def test_a_folder_that_others_can_write_to_is_not_used(planted, mode, capsys):
+    """They could put any tokens there. One warning with a remedy, and what is there is left alone."""
+    planted.chmod(mode)
+    before = (planted / "a.npz").read_bytes()
+    assert same(cached(str(planted), "a", Maker()))
+    assert capsys.readouterr().err == (
+        f"warning: token cache: not kept for the next run: {planted} belongs to another user or can be written by "
+        "others (chmod go-w makes it safe)\n"
+    )
+    assert [path.name for path in planted.iterdir()] == ["a.npz"] and (planted / "a.npz").read_bytes() == before
+    planted.chmod(mode & ~0o022)
+    assert not same(cached(str(planted), "a", Maker())), "then the file is the user's word"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to give a folder away")
+def test_a_folder_of_another_user_is_not_used(planted, capsys):
+    os.chown(planted, 12345, -1)
+    assert same(cached(str(planted), "a", Maker()))
+    assert "belongs to another user" in capsys.readouterr().err
+
+
+def test_a_file_that_others_can_write_to_is_made_again(planted, capsys):
+    (planted / "a.npz").chmod(0o664)
+    make = Maker()
+    assert same(cached(str(planted), "a", make)) and same(cached(str(planted), "a", make))
+    assert make.calls == 1 and capsys.readouterr().err == ""
+
+
+def test_a_new_folder_and_its_files_are_written_by_the_user_alone(tmp_path):
+    before = os.umask(0o002)  # as for most users of Linux
+    try:
+        cached(str(tmp_path / "tokens"), "a", Maker())
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "tokens", tmp_path / "tokens" / "a.npz")]
+    assert modes == [0o700, 0o644]
+
+
 # Other processes
 
 CHILD = """

@@ -280,6 +280,42 @@ def test_model_args_of_nanogpt_that_lack_a_size(reference, tmp_path):
         nanogpt_shape(path)
 
 
+TRAINERS = {
+    "PyTorch": lambda state, optimizer: {
+        "epoch": 3, "model_state_dict": state, "optimizer_state_dict": optimizer, "loss": torch.tensor(0.5),
+    },
+    "a configuration under `model`": lambda state, optimizer: {"model": {"n_layer": 2}, "model_state_dict": state},
+    "Lightning": lambda state, optimizer: {
+        "epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 1e-3},
+        "state_dict": prefixed(state, "model."), "optimizer_states": [optimizer], "callbacks": {}, "loops": {},
+    },
+    "DeepSpeed": lambda state, optimizer: {
+        "module": state, "buffer_names": [], "optimizer": None, "ds_version": "0.16.0", "dp_world_size": 1,
+        "param_shapes": [{name: tensor.shape for name, tensor in state.items()}],
+    },
+    "DDP inside": lambda state, optimizer: {"model_state_dict": prefixed(state, "module."), "scheduler": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_checkpoint_of_another_trainer(trainer, reference, words, tmp_path):
+    """A state dict among the optimizer's and a trainer's own values."""
+    optimizer = torch.optim.AdamW(reference.parameters()).state_dict()
+    (tmp_path / "config.json").write_text(json.dumps(reference.config.to_dict(), default=str))
+    torch.save(TRAINERS[trainer](reference.state_dict(), optimizer), tmp_path / "last.ckpt")
+    ours = our_logits(make_config(words, "cot", load_model_path=str(tmp_path / "last.ckpt")), words)
+    np.testing.assert_allclose(ours, torch_logits(reference), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("found", [
+    {"model_state_dict": {"wte.weight": "where it is"}}, {"module": {}}, {"epoch": 3}, ["wte.weight"],
+])  # fmt: skip
+def test_a_torch_file_without_a_state_dict_is_refused(found, tmp_path):
+    torch.save(found, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt: expected a state dict of tensors, bare or under `model`, "):
+        read_tensors(tmp_path / "last.ckpt")
+
+
 def test_shards_of_torch_files(reference, words, tmp_path):
     """pytorch_model.bin.index.json and its parts, as older versions of transformers saved large models."""
     state = list(reference.state_dict().items())

@@ -34,6 +34,12 @@ class ByteTokenizer(Tokenizer):
             raise UserError(f"{folder}: its end-of-text token {end_of_text!r:.60} is not in tokenizer.json")
         self.eos_id, self.start_id, self.end_id, self.latent_id = ids.values()
         self.vocab_size = complete.get_vocab_size()
+        largest = max(complete.get_vocab().values())
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{folder}: its tokens have ids up to {largest:,}, and there are {self.vocab_size:,} with the three "
+                "special tokens of Coconut; ids without gaps are expected"
+            )
         if [self.start_id, self.end_id, self.latent_id] != list(range(self.vocab_size - 3, self.vocab_size)):
             raise UserError(f"{folder}: the three special tokens of Coconut are not its last ids: {ids}")
         self._names = complete

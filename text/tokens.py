@@ -1,6 +1,5 @@
 """Examples as token ids in flat arrays, and the cache that keeps these arrays between runs."""
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ import numpy as np
 
 from text.reader import Example, Source
 from text.tokenizer import Tokenizer
-from utils import Progress, replacing, warn
+from utils import Progress, cache_folder, owner_problem, replacing, warn
 
 CHUNK = 2048  # examples tokenized between two updates of the progress bar
 # Part of every cache key. Increase it when `tokenize`, TokenDataset, the tokenizer's pattern or the checks in reader.py
@@ -145,14 +144,15 @@ def tokenize_cached(source: Source, tokenizer: Tokenizer, folder: str | None, la
 def cached(folder: str | None, key: str, make: Callable[[], TokenDataset]) -> TokenDataset:
     """Return the data set stored under `key`, or else the one that `make` returns, and store it for the next run.
 
-    folder: where the files are; None means coconut-mlx/tokens in $XDG_CACHE_HOME or ~/.cache. A cache file can be made
-    again at any time, so a problem with the cache is one warning; exceptions of `make` are raised.
+    folder: where the files are; None means coconut-mlx/tokens in $XDG_CACHE_HOME or ~/.cache. What others can write to
+    is not read. A cache file can be made again at any time, so a problem with the cache is one warning; exceptions of
+    `make` are raised.
     """
     problems = []
     path = None
     try:
         path = _cache_folder(folder) / f"{key}.npz"
-        if path.exists():
+        if path.exists() and not (owner_problem(path.parent) or owner_problem(path)):
             return load(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         problems.append(str(error))
@@ -168,11 +168,16 @@ def cached(folder: str | None, key: str, make: Callable[[], TokenDataset]) -> To
 
 
 def store(path: Path, data: TokenDataset) -> None:
-    """Write a data set to `path`, atomically. Raises OSError; then `path` is unchanged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a data set to `path`, atomically. Raises OSError, also for a folder in others' hands; then `path` is
+    unchanged.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if problem := owner_problem(path.parent):
+        raise OSError(f"{problem} (chmod go-w makes it safe)")
     _remove_stale(path.parent)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **vars(data))
+        temporary.chmod(0o644)  # also under a umask that would let others write
 
 
 def load(path: Path) -> TokenDataset:
@@ -189,9 +194,7 @@ def load(path: Path) -> TokenDataset:
 
 
 def _cache_folder(folder: str | None) -> Path:
-    if folder:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coconut-mlx", "tokens").expanduser()
+    return Path(folder).expanduser() if folder else cache_folder() / "tokens"
 
 
 def _remove_stale(folder: Path) -> None:

@@ -265,6 +265,8 @@ def print_summary(run: Run, blas: str) -> None:
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
             f"{config.max_latent_stage}, and its last stage is {run.curriculum.stage(config.num_epochs - 1)}"
         )
+    if run.train:
+        warn_of_long_warm_up(run)
     if config.bf16 and not on_gpu():
         warn("bf16 is many times slower on CPU; float32 is used")
 
@@ -279,6 +281,18 @@ def trains_no_thought(curriculum: Curriculum, first_epoch: int, counts: Sequence
     if config.uniform_prob:
         stages |= set(range(max(counts) + 1))
     return bool(spans) and not any(curriculum.training_counts(stage, n)[1] for stage in stages for n in counts)
+
+
+def warn_of_long_warm_up(run: Run) -> None:
+    """Warn where a run ends before its learning rate has reached lr."""
+    config = run.config
+    n_steps = (config.num_epochs - config.resume) * run.steps_per_epoch
+    if 0 < n_steps < config.warmup_steps:
+        warn(
+            f"warmup_steps: the run has {n_steps:,} optimizer steps, {config.warmup_steps:,} are to warm up; the "
+            f"learning rate ends at {config.lr * n_steps / config.warmup_steps:.3g} and never reaches lr "
+            f"({config.lr:g})"
+        )
 
 
 def thoughts_of(values: Mapping) -> dict:

@@ -1,4 +1,7 @@
-"""The training loop: for each epoch train, save, validation loss, validation accuracy (official run.py)."""
+"""The training loop: for each epoch train, save the state, validation loss, save a checkpoint, validation accuracy.
+
+The official run.py saves its checkpoint before the loss. Here weights whose loss is not finite are in no checkpoint.
+"""
 
 import itertools
 import math
@@ -60,14 +63,16 @@ class Trainer:
     def train(self) -> None:
         """Train from the state's place to the last epoch. Raises Stopped, after saving, where a signal asks for it."""
         while self.state.epoch < self.config.num_epochs:
-            started = time.monotonic()
             self.train_epoch()
+            trained = time.monotonic()
             self._check_parameters()
+            loss = self._validation_loss()
             self._save_checkpoint()
             self._stop_if_asked()
-            result = evaluate(self.run, self.metrics, self.state, self.state.epoch + 1, self.stop)
+            result = evaluate(self.run, self.metrics, self.state, self.state.epoch + 1, loss, self.stop)
+            seconds = self.state.train_seconds + time.monotonic() - trained  # of which some may be before a restart
             self._finish_epoch(result.accuracy)
-            self._say_outlook(time.monotonic() - started)
+            self._say_outlook(seconds)
             self._draw_now_and_then()
             self._stop_if_asked()
         if self.group.is_main:
@@ -114,7 +119,7 @@ class Trainer:
                 say(f"all {self.config.num_epochs} epochs are done; raise num_epochs to train on")
         self.group.barrier()  # no rank may still be reading what rank 0 removes now
         if self.state_folder and self.group.is_main:
-            resume.keep_only_state(self.state_folder)
+            self._drop_older_states()
         if state.metrics_bytes:
             self.metrics.check(state.metrics_bytes, state.metrics_crc32)
         self.metrics.rewind(state.epoch * self.run.steps_per_epoch + state.step, state.epoch)
@@ -161,11 +166,31 @@ class Trainer:
             self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
             metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
             self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
-            resume.keep_only_state(self.state_folder)
+            self._drop_older_states()
             self.last_save = time.monotonic()
         if signal:
             self.group.barrier()  # the first rank to exit ends the others
             raise Stopped(signal)
+
+    def _drop_older_states(self) -> None:
+        """Remove the states before the newest one; at an epoch's end only behind its validation loss."""
+        if self.state.step < self.run.steps_per_epoch:
+            resume.keep_only_state(self.state_folder)
+
+    def _validation_loss(self) -> float:
+        """The loss of the trained epoch. Raises RunError where it is not finite; the state before is the newest then.
+
+        A stop or a kill in here leaves both states: the newer one is resumed, without a step taken again.
+        """
+        loss = validation_loss(self.run, self.state.epoch, self.stop)
+        if not math.isfinite(loss):  # on all ranks
+            if self.writes:
+                checkpoint.remove_folder(self.state_folder)
+            place = f"after epoch {self.state.epoch + 1}"
+            self.group.agree(diverged(f"the validation loss of {self.run.valid.path} is {loss} {place}"))
+        if self.writes:
+            resume.keep_only_state(self.state_folder)
+        return loss
 
     def _check_finite(self) -> None:
         """Raise RunError where the weights are of no use, before they replace the last good state.
@@ -205,7 +230,7 @@ class Trainer:
         return self.run.metadata(epochs_done, stage) | {"accuracies": self.state.accuracies}
 
     def _save_checkpoint(self) -> None:
-        """checkpoint_{epoch + 1} of a trained epoch, before it is validated (official run.py)."""
+        """checkpoint_{epoch + 1} of a trained epoch."""
         if self.writes and not self.config.save_only_improve:
             metadata = self._checkpoint_metadata(self.state.epoch + 1, self.stage)
             say(f"saved {checkpoint.save_checkpoint(self.run.model, metadata)}")
@@ -259,27 +284,35 @@ def evaluate_once(run: Run) -> None:
     say(evaluation_line(run))
     metrics = MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
     with metrics, StopSignals() as stop:
-        evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), stop)
+        loss = validation_loss(run, config.resume, stop)
+        if not math.isfinite(loss):  # on all ranks
+            run.group.agree(RunError(f"the validation loss of {run.valid.path} is {loss}; nothing was logged"))
+        evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), loss, stop)
     if run.group.is_main:  # now it is about the newest record
         write_text(run.directory / "config.yaml", config.to_yaml())
 
 
-def evaluate(
-    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, stop: StopSignals
-) -> Evaluation:
-    """Validation loss and greedy accuracy at the stage of the state's epoch: printed, logged, written as predictions.
-
-    Several ranks stop only behind it: one that left would leave the others waiting.
-    """
-    epoch, stage = state.epoch, run.curriculum.stage(state.epoch)
-    about = about_evaluation(run) if run.config.only_eval else {}
+def evaluator(run: Run, stop: StopSignals) -> Evaluator:
+    """For the run's validation set. Several ranks stop only behind it: one that left would leave the others waiting."""
     checked = stop.checked if run.group.world_size == 1 else iter
-    evaluator = Evaluator(run.model, run.valid, run.curriculum, run.group, checked)
+    return Evaluator(run.model, run.valid, run.curriculum, run.group, checked)
+
+
+def validation_loss(run: Run, epoch: int, stop: StopSignals) -> float:
+    """Loss per labeled token of the validation set at the epoch's stage; same on all ranks."""
     with computing_in(run.model, compute_dtype(run.config.bf16)):
-        loss = evaluator.loss(epoch)
-        if not math.isfinite(loss):  # on all ranks
-            run.group.agree(RunError(f"the validation loss of {run.valid.path} is {loss}; nothing was logged"))
-        result = evaluator.answers(stage)
+        return evaluator(run, stop).loss(epoch)
+
+
+def evaluate(
+    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, loss: float, stop: StopSignals
+) -> Evaluation:
+    """Greedy accuracy at the stage of the state's epoch: printed with the validation loss, logged, and written as
+    predictions."""
+    stage = run.curriculum.stage(state.epoch)
+    about = about_evaluation(run) if run.config.only_eval else {}
+    with computing_in(run.model, compute_dtype(run.config.bf16)):
+        result = evaluator(run, stop).answers(stage)
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     say("\n".join(result.samples()))
     if run.group.is_main:
