@@ -2,7 +2,8 @@
 
 Nothing of mlx-lm is copied. Two of a model's modules get a subclass that returns floating-point input as it is: with
 that the trunk takes embeddings in the place of token ids, and the whole model, given hidden states, is its own output
-layer with all scales and caps. Shapes: B rows, T columns of this pass, D = width of the model.
+layer with all scales and caps. Those that hold norms, biases and embeddings get one for bfloat16 (models/sums.py).
+Shapes: B rows, T columns of this pass, D = width of the model.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from models.cache import LayerCache, make_cache
 from models.rope import check_rope, flat_rope
+from models.sums import subclass, take_float32, trained_type
 from utils import UserError, warn
 
 # Types whose definitions and whose equality with transformers tests/test_mlx_lm.py holds; others are tried, with a
@@ -90,6 +92,7 @@ class LanguageModel(nn.Module):
         self._table = _token_embedding(lm.model)  # its name: a second reference would count as a second module
         self._run = type(lm.model).__call__
         self._recomputes = False
+        self._float32 = take_float32(lm)
         for module in (lm.model, self.embedding):
             _pass_floats(module)
 
@@ -99,8 +102,8 @@ class LanguageModel(nn.Module):
         return self.lm.model[self._table]
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Token embeddings without scale or positions: ids [B, T] -> [B, T, D]."""
-        return self.embedding(ids)
+        """Token embeddings without scale or positions, in the layers' type: ids [B, T] -> [B, T, D]."""
+        return self.embedding(ids).astype(trained_type(self.lm.layers))
 
     def make_cache(self, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
         """An empty cache for each layer; attention_mask [B, S] bool of all columns to come, left_padding [B] int."""
@@ -115,6 +118,10 @@ class LanguageModel(nn.Module):
     def head(self) -> nn.Module:
         """The module that holds the output layer's parameters."""
         return self.lm.lm_head if "lm_head" in self.lm else self.embedding
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a parameter stays float32 where products are computed in bfloat16; its gradient is a long sum."""
+        return name.partition(".lm.")[2] in self._float32
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The model's own output layer: [..., D] -> [..., vocabulary]."""
@@ -188,11 +195,6 @@ def _token_embedding(trunk: nn.Module) -> str:
     if len(found) != 1:
         raise UserError(f"{type(trunk).__name__} of mlx-lm has {len(found)} token embeddings; one is expected")
     return found[0]
-
-
-def subclass(module: nn.Module, **methods: Callable) -> None:
-    """Give one module a subclass of its class, with these methods; parameters stay as they are."""
-    module.__class__ = type(type(module).__name__, (type(module),), methods)
 
 
 def _pass_floats(module: nn.Module) -> None:

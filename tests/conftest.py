@@ -130,6 +130,25 @@ def call_main():
     return call
 
 
+@pytest.fixture
+def operands(monkeypatch) -> list[mx.Dtype]:
+    """The types of all that goes into products and into MLX's attention from here on."""
+    found: list[mx.Dtype] = []
+
+    def noting(own):
+        def call(*arrays, **named):
+            found.extend(array.dtype for array in arrays if isinstance(array, mx.array))
+            return own(*arrays, **named)
+
+        return call
+
+    for place, name in (
+        (mx.array, "__matmul__"), (mx, "addmm"), (mx, "quantized_matmul"), (mx.fast, "scaled_dot_product_attention"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, noting(getattr(place, name)))
+    return found
+
+
 TINY_MODEL = {"model_type": "gpt2", "n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
 

@@ -234,6 +234,76 @@ def test_quantized_weights_keep_their_type_in_another_precision():
     assert {name: p.dtype for name, p in tree_flatten(model.parameters())} == kinds
 
 
+def test_float32_modules_compute_the_bits_of_mlx_lms(model):
+    """Logits and every gradient of whole rows, against a model of mlx-lm that nothing was done to."""
+    values, ids = model.config.values, mx.array([[3, 9, 30, 9, 4], [8, 5, 7, 21, 39]])
+    plain, weights = build(values), mx.random.normal((2, 5, 40))
+    plain.load_weights(tree_flatten(model.lm.parameters()))
+    found, expected = (
+        nn.value_and_grad(lm, lambda ids, lm=lm: (lm(ids) * weights).sum())(ids) for lm in (model.lm, plain)
+    )
+    for (name, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.array_equal(one, other).item(), name
+
+
+def bfloat16_gradient(model: LanguageModel, loss) -> tuple[mx.array, dict[str, mx.array]]:
+    """A loss of no arguments in bfloat16, and its gradient by parameter in the types that it was computed in."""
+    wrapped = Coconut(model).train()
+    with computing_in(wrapped, mx.bfloat16):
+        found, gradient = nn.value_and_grad(wrapped, loss)()
+    return found, {name.removeprefix("transformer."): array for name, array in tree_flatten(gradient)}
+
+
+def is_sum_over_tokens(name: str) -> bool:
+    """Of a parameter's gradient: those of norms, biases and the embedding table are."""
+    return "norm" in name or name.endswith("bias") or "embed_tokens" in name
+
+
+def worst_error(found: dict[str, mx.array], exact: dict[str, mx.array]) -> float:
+    """The largest error of a gradient that is a sum over tokens, as a part of its norm."""
+    names = [name for name in exact if is_sum_over_tokens(name)]
+    return max((mx.linalg.norm(found[name] - exact[name]) / mx.linalg.norm(exact[name])).item() for name in names)
+
+
+def test_products_are_bfloat16_and_sums_over_tokens_float32(model, operands):
+    """A whole training pass with thoughts; its sums are within 4 times what rounding the weights alone changes."""
+    batch, coconut, own = collate(rows(), EOS).to_mlx(), Coconut(model), model.parameters()
+    loss, exact = nn.value_and_grad(coconut, lambda: coconut(batch))()
+    assert set(operands) == {mx.float32}
+    operands.clear()
+    found, rough = bfloat16_gradient(model, lambda: coconut(batch))
+    assert len(operands) >= 2 * 4 * 11  # layers, passes, operands of four products and of attention
+    assert set(operands) == {mx.bfloat16}
+    model.update(tree_map(lambda array: array.astype(mx.bfloat16).astype(mx.float32), own))
+    rounded = nn.value_and_grad(coconut, lambda: coconut(batch))()[1]
+    model.update(own)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-2)
+    for name, array in rough.items():
+        assert array.dtype == (mx.float32 if is_sum_over_tokens(name) else mx.bfloat16), name
+    exact, rounded = (dict(tree_flatten(gradient["transformer"])) for gradient in (exact, rounded))
+    assert worst_error(rough, exact) < 4 * worst_error(rounded, exact)
+
+
+N_TOKENS = 6003  # a bfloat16 sum of ones ends at 256
+
+
+def test_long_sums_over_tokens_do_not_stop_growing(model):
+    """The gradients of every norm and bias, and of the table, where each token adds one."""
+    modules = {f"lm.{name}": module for name, module in model.lm.named_modules()}
+    names = {name for name, _ in tree_flatten(model.parameters()) if is_sum_over_tokens(name)}
+    assert len(names) >= 4
+    for name in names - {"lm.model.embed_tokens.weight"}:
+        module = modules[name.rpartition(".")[0]]
+        weight = module.weight  # [width of a norm], or [out, in] of a biased layer
+        signs = mx.where(mx.arange(weight.shape[-1]) % 2, 1, -1).astype(mx.bfloat16)  # its own layer norm
+        x = mx.broadcast_to(signs, (3, N_TOKENS // 3, *signs.shape))
+        _, gradient = bfloat16_gradient(model, lambda module=module, x=x: module(x).astype(mx.float32).sum())
+        assert np.abs(np.array(gradient[name])) == pytest.approx(N_TOKENS, rel=1e-3), name
+    ids = mx.ones((3, N_TOKENS // 3), dtype=mx.int32)
+    _, gradient = bfloat16_gradient(model, lambda: model.embed(ids).astype(mx.float32).sum())
+    assert gradient["lm.model.embed_tokens.weight"][1].max().item() == N_TOKENS
+
+
 class Wrong(LanguageModel):
     """A model that is wrong in one way."""
 
