@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from coconut import Batch, Coconut
 from dataset import TrainingSequence, collate
+from models import ops
 from models.mlx_lm import TESTED, LanguageConfig, LanguageModel, build, self_check
 from models.precision import computing_in
 from models.rope import check_rope, flat_rope
@@ -357,9 +358,11 @@ def test_batches_are_what_the_loop_gets():
     assert json.dumps(tree_map(str, TINY))
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
-def test_logits_in_parts_change_nothing(name, monkeypatch):
-    """Loss and gradients, of an output layer of its own, a tied one, and one with a cap."""
+def test_logits_in_parts_change_nothing(name, on_gpu, monkeypatch):
+    """Loss and gradients, of an output layer of its own, a tied one, and one with a cap; also with a GPU's code."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     coconut, batch = Coconut(tiny(name, MODELS[name])), collate(rows(), EOS).to_mlx()
     loss_and_gradient = nn.value_and_grad(coconut, lambda b: coconut(b))
     loss, gradient = loss_and_gradient(batch)
