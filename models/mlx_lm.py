@@ -73,6 +73,31 @@ class LanguageConfig:
         return self.values["hidden_size"]
 
     @property
+    def n_head(self) -> int:
+        return self._size("num_attention_heads", max(1, self.n_embd // 64))
+
+    @property
+    def n_kv_head(self) -> int:
+        """Heads of keys and values."""
+        return self._size("num_key_value_heads", self.n_head)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self._size("head_dim", self.n_embd // self.n_head)
+
+    @property
+    def n_inner(self) -> int:
+        """Width between the feed-forward layers."""
+        return self._size("intermediate_size", 4 * self.n_embd)
+
+    def _size(self, name: str, default: int) -> int:
+        """A size of the layers, the largest where each has its own; the default where it goes by another name."""
+        found = self.values.get(name)
+        sizes = [size for size in (found if isinstance(found, list) else [found]) if isinstance(size, int) and size > 0]
+        return max(sizes, default=default)
+
+    @property
     def quantization(self) -> dict | None:
         """How the weights are quantized: {"bits", "group_size"}; None where they are not."""
         return self.values.get("quantization")

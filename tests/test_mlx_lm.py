@@ -351,6 +351,22 @@ def test_a_config_without_sizes_is_refused():
         LanguageConfig.from_dict(TINY | {"model_type": "llama", "vocab_size": "many"})
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, (4, 2, 8, 48)),
+        ({"num_attention_heads": None, "num_key_value_heads": None, "head_dim": None}, (1, 1, 32, 48)),
+        ({"head_dim": None, "num_key_value_heads": None}, (4, 4, 8, 48)),
+        ({"intermediate_size": None}, (4, 2, 8, 128)),
+        ({"intermediate_size": [64, 96], "num_key_value_heads": [1, 2]}, (4, 2, 8, 96)),
+    ],
+)
+def test_sizes_of_the_layers_have_defaults(keys, expected):
+    """Heads, those of keys, width of a head and between feed-forward layers: what memory is estimated from."""
+    shape = LanguageConfig.from_dict(TINY | {"model_type": "llama"} | keys)
+    assert (shape.n_head, shape.n_kv_head, shape.head_dim, shape.n_inner) == expected
+
+
 def test_batches_are_what_the_loop_gets():
     """The rows of this file have thoughts in different places, so that the tests above compare something."""
     batch = collate(rows(), EOS)
