@@ -461,6 +461,14 @@ LLAMA_1B = {
     "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128_256,
 }  # fmt: skip
+LLAMA_3B = {
+    "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "vocab_size": 128_256,
+}  # fmt: skip
+MANY_WORDS = {
+    "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128_256,
+}  # fmt: skip
 
 
 def language_model(sizes: dict, **keys) -> LanguageModel:
@@ -495,6 +503,8 @@ def language_model(sizes: dict, **keys) -> LanguageModel:
         (LLAMA_1B, {"grad_checkpoint": True}, 32, 448, 2048, 53.3),
         (LLAMA_1B, {"lora_rank": 16, "bf16": True}, 8, 448, 512, 17.2),
         (LLAMA_1B, {"lora_rank": 16, "quantize": 4, "bf16": True}, 8, 448, 512, 10.9),
+        (LLAMA_3B, {"lora_rank": 16, "bf16": True}, 8, 448, 512, 37.6),
+        (MANY_WORDS, {"bf16": True}, 64, 352, 4096, 11.7),
     ],
 )
 def test_the_estimate_of_a_language_model_is_near_what_was_counted(
