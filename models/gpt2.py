@@ -282,10 +282,13 @@ class GPT2(nn.Module):
         x = self.drop(embeddings + self.wpe(positions), keys.pop())
         if self.training and T == 1 and on_gpu():
             keys = self._masks_at_once(keys, mask.shape)
-        recompute = self.grad_checkpoint and self.training
+
+        def call(block: Block, x: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
+            return block(x, mask, cache, keys)
+
+        run = partial(run_and_recompute, call) if self.grad_checkpoint and self.training else call
         for i, (block, layer_cache) in enumerate(zip(self.h, cache, strict=True)):
-            run = partial(run_and_recompute, block) if recompute else block
-            x = run(x, mask, layer_cache, keys[3 * i : 3 * i + 3])
+            x = run(block, x, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
 
     @contextmanager

@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from config import Config
-from models.mlx_lm import LanguageConfig, LanguageModel, subclass
+from models.mlx_lm import LanguageConfig, LanguageModel
+from models.sums import subclass
 from utils import UserError, read_json
 
 ADAPTERS, ADAPTER_CONFIG, ROWS = "adapters.safetensors", "adapter_config.json", "special_tokens.safetensors"
@@ -86,6 +87,14 @@ class LoraModel(LanguageModel):
             _add_rows(self.embedding, *rows)
             if "lm_head" in lm:
                 _add_head_rows(lm.lm_head, *rows)
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a parameter stays float32 where products are computed in bfloat16: the special tokens' rows.
+
+        Their gradient is a sum over all these tokens. The adapters' are products, which are added up in float32 inside,
+        and the rest is frozen.
+        """
+        return name.endswith(ROW)
 
     def saved_tensors(self) -> dict[str, dict[str, mx.array]]:
         """{file name: its tensors}: the adapters as mlx-lm writes them, and the special tokens' rows."""
@@ -198,4 +207,4 @@ def _add_head_rows(head: nn.Module, n_tokens: int, prototype: int) -> None:
 
 def _joined(logits: mx.array, x: mx.array, rows: mx.array, n_tokens: int) -> mx.array:
     """Logits of the ordinary tokens, without the padding of the table, and those of the special ones."""
-    return mx.concatenate([logits[..., :n_tokens], x @ rows.T], axis=-1)
+    return mx.concatenate([logits[..., :n_tokens], x @ rows.astype(x.dtype).T], axis=-1)

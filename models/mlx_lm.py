@@ -2,7 +2,8 @@
 
 Nothing of mlx-lm is copied. Two of a model's modules get a subclass that returns floating-point input as it is: with
 that the trunk takes embeddings in the place of token ids, and the whole model, given hidden states, is its own output
-layer with all scales and caps. Shapes: B rows, T columns of this pass, D = width of the model.
+layer with all scales and caps. Those that hold norms, biases and embeddings get one for bfloat16 (models/sums.py).
+Shapes: B rows, T columns of this pass, D = width of the model.
 """
 
 import importlib
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten
 
 from models.cache import LayerCache, make_cache
+from models.recompute import run_and_recompute
 from models.rope import check_rope, flat_rope
+from models.sums import subclass, take_float32, trained_type
 from utils import UserError, warn
 
 # Types whose definitions and whose equality with transformers tests/test_mlx_lm.py holds; others are tried, with a
@@ -71,6 +73,31 @@ class LanguageConfig:
         return self.values["hidden_size"]
 
     @property
+    def n_head(self) -> int:
+        return self._size("num_attention_heads", max(1, self.n_embd // 64))
+
+    @property
+    def n_kv_head(self) -> int:
+        """Heads of keys and values."""
+        return self._size("num_key_value_heads", self.n_head)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self._size("head_dim", self.n_embd // self.n_head)
+
+    @property
+    def n_inner(self) -> int:
+        """Width between the feed-forward layers."""
+        return self._size("intermediate_size", 4 * self.n_embd)
+
+    def _size(self, name: str, default: int) -> int:
+        """A size of the layers, the largest where each has its own; the default where it goes by another name."""
+        found = self.values.get(name)
+        sizes = [size for size in (found if isinstance(found, list) else [found]) if isinstance(size, int) and size > 0]
+        return max(sizes, default=default)
+
+    @property
     def quantization(self) -> dict | None:
         """How the weights are quantized: {"bits", "group_size"}; None where they are not."""
         return self.values.get("quantization")
@@ -90,6 +117,7 @@ class LanguageModel(nn.Module):
         self._table = _token_embedding(lm.model)  # its name: a second reference would count as a second module
         self._run = type(lm.model).__call__
         self._recomputes = False
+        self._float32 = take_float32(lm)
         for module in (lm.model, self.embedding):
             _pass_floats(module)
 
@@ -99,8 +127,8 @@ class LanguageModel(nn.Module):
         return self.lm.model[self._table]
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Token embeddings without scale or positions: ids [B, T] -> [B, T, D]."""
-        return self.embedding(ids)
+        """Token embeddings without scale or positions, in the layers' type: ids [B, T] -> [B, T, D]."""
+        return self.embedding(ids).astype(trained_type(self.lm.layers))
 
     def make_cache(self, attention_mask: mx.array, left_padding: mx.array) -> list[LayerCache]:
         """An empty cache for each layer; attention_mask [B, S] bool of all columns to come, left_padding [B] int."""
@@ -115,6 +143,10 @@ class LanguageModel(nn.Module):
     def head(self) -> nn.Module:
         """The module that holds the output layer's parameters."""
         return self.lm.lm_head if "lm_head" in self.lm else self.embedding
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a parameter stays float32 where products are computed in bfloat16; its gradient is a long sum."""
+        return name.partition(".lm.")[2] in self._float32
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The model's own output layer: [..., D] -> [..., vocabulary]."""
@@ -190,11 +222,6 @@ def _token_embedding(trunk: nn.Module) -> str:
     return found[0]
 
 
-def subclass(module: nn.Module, **methods: Callable) -> None:
-    """Give one module a subclass of its class, with these methods; parameters stay as they are."""
-    module.__class__ = type(type(module).__name__, (type(module),), methods)
-
-
 def _pass_floats(module: nn.Module) -> None:
     own = type(module).__call__
 
@@ -216,19 +243,13 @@ def _widen_mask(attention: nn.Module) -> None:
 
 
 def _recompute(layer: nn.Module) -> None:
-    """Let a layer keep no activations in training. mx.checkpoint calls it twice, so its cache goes in and out."""
+    """Let a layer keep no activations in training."""
     own = type(layer).__call__
 
     def call(self, x, mask=None, cache=None):
         if not self.training:
             return own(self, x, mask, cache=cache)
-
-        def run(x, mask, state):
-            inner = LayerCache(cache.columns, state)
-            return own(self, x, mask, cache=inner), inner.state
-
-        x, cache.state = checkpoint(self, run)(x, mask, cache.state)
-        return x
+        return run_and_recompute(lambda twin, x, cache, _: own(twin, x, mask, cache=cache), self, x, cache, [])
 
     subclass(layer, __call__=call)
 

@@ -28,7 +28,10 @@ def exp(x: mx.array) -> mx.array:
 
 def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
     """Negative log-likelihood of each label: logits [N, V] float32, labels [N] in 0..V-1 -> [N]."""
-    return nn.losses.cross_entropy(logits, labels) if on_gpu() else _exact_cross_entropy(logits, labels)
+    if on_gpu():
+        labels = mx.stop_gradient(labels)  # mx.checkpoint differentiates with respect to every argument
+        return nn.losses.cross_entropy(logits, labels)
+    return _exact_cross_entropy(logits, labels)
 
 
 @mx.custom_function

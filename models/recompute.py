@@ -1,6 +1,7 @@
 """Gradient checkpointing of one layer: its activations are computed again in the backward pass, and not kept."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -10,8 +11,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models.cache import LayerCache, State
 
 
-def run_and_recompute(layer: nn.Module, x: mx.array, mask: mx.array, cache: LayerCache, keys: list) -> mx.array:
-    """layer(x, mask, cache, keys), x and its result [B, T, D]; the cache grows as it does without recomputation.
+def run_and_recompute(call: Callable, layer: nn.Module, x: mx.array, cache: LayerCache, keys: list) -> mx.array:
+    """call(layer, x, cache, keys), x and its result [B, T, D]; the cache grows as it does without recomputation.
 
     Unlike mx.checkpoint it keeps no pass's keys and values either: the second run takes them from the cache as the
     last pass has left it. keys: random keys of the layer's dropouts, from which masks are drawn again.
@@ -22,7 +23,7 @@ def run_and_recompute(layer: nn.Module, x: mx.array, mask: mx.array, cache: Laye
     def run(x: mx.array, state: State, parameters: tuple, cache: LayerCache, keys: list) -> tuple[mx.array, State]:
         twin.update(tree_unflatten(list(zip(names, parameters, strict=True))))
         cache.state = state
-        return twin(x, mask, cache, keys), cache.state
+        return call(twin, x, cache, keys), cache.state
 
     @mx.custom_function
     def forward(x, state, parameters):

@@ -22,6 +22,7 @@ from startup import blas, settings  # noqa: F401  before mlx
 import mlx.core as mx
 
 import run as run_module
+from parallel.streams import on_gpu
 from text.tokenizer import dump_tiktoken, load_tokenizer
 
 settings.exact_products()
@@ -128,6 +129,37 @@ def call_main():
         return Outcome(status, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture
+def operands(monkeypatch) -> list[mx.Dtype]:
+    """The types of all that goes into products and into MLX's attention from here on."""
+    found: list[mx.Dtype] = []
+
+    def noting(own):
+        def call(*arrays, **named):
+            found.extend(array.dtype for array in arrays if isinstance(array, mx.array))
+            return own(*arrays, **named)
+
+        return call
+
+    for place, name in (
+        (mx.array, "__matmul__"), (mx, "addmm"), (mx, "quantized_matmul"), (mx.fast, "scaled_dot_product_attention"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, noting(getattr(place, name)))
+    return found
+
+
+@pytest.fixture
+def gpu_code(monkeypatch):
+    """Every module believes that there is a GPU; nothing is compiled, which on a CPU takes a C++ compiler and time."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "on_gpu", None) is on_gpu:
+            monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80_000_000_000})
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 TINY_MODEL = {"model_type": "gpt2", "n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2}

@@ -1,5 +1,6 @@
 """What runs on GPUs alone, on the device there is: on a CPU the same code with `on_gpu` saying yes."""
 
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from dataset import TrainingSequence, alike_micro_batches, collate, micro_batch
 from models import ops
 from models.cache import BufferedCache, TrainingCache, make_cache
 from models.gpt2 import GPT2, GPT2Config
+from models.lora import Lora, LoraModel
+from models.mlx_lm import LanguageConfig, LanguageModel, build
 from models.precision import computing_in, training_in
 from parallel import streams
 from parallel.distributed import ALONE
@@ -31,17 +34,9 @@ from training import memory
 from training.step import TrainStep, compiled, new_optimizer
 from utils import UserError
 
-
-@pytest.fixture
-def gpu_code(monkeypatch):
-    """Every module believes that there is a GPU; nothing is compiled, which on a CPU takes a C++ compiler and time."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "on_gpu", None) is on_gpu:
-            monkeypatch.setattr(module, "on_gpu", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80_000_000_000})
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+needs_mlx_lm = pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None, reason="requirements-llm.txt is not installed"
+)
 
 
 @pytest.fixture
@@ -465,10 +460,10 @@ def test_micro_batches_are_as_large_as_memory_allows(small_gpu, shared_tiny, cal
 def test_small_micro_batches_are_joined_on_a_large_gpu(size, accumulated, expected, monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 150_000_000_000})
     keys = {"batch_size_training": size, "gradient_accumulation_steps": accumulated}
-    curriculum = SimpleNamespace(longest=lambda data: np.array([400, 500]))
+    curriculum = SimpleNamespace(longest=lambda data: np.array([400, 500]), thoughts_per_step=2)
     data = SimpleNamespace(question_lengths=np.array([390, 490]))
     config = Config(save_path="", name="", val_path="", **keys)
-    assert memory.rows_at_once(GPT2Config(vocab_size=50_260), config, data, curriculum) == expected
+    assert memory.rows_at_once(GPT2(GPT2Config(vocab_size=50_260)), config, data, curriculum) == expected
 
 
 def test_a_gpu_that_is_too_small_for_one_item(small_gpu, shared_tiny, call_main, monkeypatch, tmp_path):
@@ -492,8 +487,72 @@ def test_a_gpu_that_is_too_small_for_one_item(small_gpu, shared_tiny, call_main,
 )
 def test_the_estimate_is_near_what_was_counted(keys, items, columns, labels, counted):
     config = Config(save_path="", name="", val_path="", **keys)
-    found = memory.step_bytes(GPT2Config(vocab_size=50_260), config, items, columns, labels)
-    assert found / 1e9 == pytest.approx(counted, rel=0.25)
+    found = memory.step_size(GPT2(GPT2Config(vocab_size=50_260)), config, items, columns, labels, 6)
+    assert found.expected / 1e9 == pytest.approx(counted, rel=0.25)
+
+
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+SMOLLM2 = {
+    "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49_152,
+}  # fmt: skip
+LLAMA_1B = {
+    "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128_256,
+}  # fmt: skip
+LLAMA_3B = {
+    "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "vocab_size": 128_256,
+}  # fmt: skip
+MANY_WORDS = {
+    "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128_256,
+}  # fmt: skip
+
+
+def language_model(sizes: dict, **keys) -> LanguageModel:
+    """A model of these sizes, whose random weights are never computed; lora_rank: adapters, quantize: 4 bits."""
+    config = LanguageConfig.from_dict(LLAMA | sizes)
+    lm = build(config.values)
+    if keys.get("quantize"):
+        nn.quantize(lm, group_size=64, bits=4)
+    if not keys.get("lora_rank"):
+        return LanguageModel(lm, config)
+    return LoraModel(lm, config, Lora(16, 32.0), (config.vocab_size - 3, 0))
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("sizes", "keys", "items", "columns", "labels", "counted"),  # 6 thoughts; GB, the least of ten steps
+    [
+        (SMOLLM2, {}, 1, 448, 512, 3.6),
+        (SMOLLM2, {}, 8, 448, 512, 9.9),
+        (SMOLLM2, {}, 32, 448, 2048, 33.0),
+        (SMOLLM2, {}, 8, 736, 512, 16.6),
+        (SMOLLM2, {}, 32, 128, 1024, 9.7),
+        (SMOLLM2, {"bf16": True}, 8, 448, 512, 6.9),
+        (SMOLLM2, {"bf16": True}, 32, 448, 2048, 20.0),
+        (SMOLLM2, {"grad_checkpoint": True}, 8, 448, 512, 4.9),
+        (SMOLLM2, {"grad_checkpoint": True}, 32, 448, 2048, 12.5),
+        (SMOLLM2, {"lora_rank": 16}, 8, 448, 512, 8.5),
+        (SMOLLM2, {"lora_rank": 16, "quantize": 4, "bf16": True}, 32, 448, 2048, 17.0),
+        (LLAMA_1B, {}, 1, 448, 512, 39.6),
+        (LLAMA_1B, {}, 32, 448, 2048, 92.5),
+        (LLAMA_1B, {"bf16": True}, 32, 448, 2048, 61.9),
+        (LLAMA_1B, {"grad_checkpoint": True}, 32, 448, 2048, 53.3),
+        (LLAMA_1B, {"lora_rank": 16, "bf16": True}, 8, 448, 512, 17.2),
+        (LLAMA_1B, {"lora_rank": 16, "quantize": 4, "bf16": True}, 8, 448, 512, 10.9),
+        (LLAMA_3B, {"lora_rank": 16, "bf16": True}, 8, 448, 512, 37.6),
+        (MANY_WORDS, {"bf16": True}, 64, 352, 4096, 11.7),
+    ],
+)
+def test_the_estimate_of_a_language_model_is_near_what_was_counted(
+    sizes, keys, items, columns, labels, counted, gpu_code
+):
+    config = Config(save_path="", name="", val_path="", **keys)
+    found = memory.step_size(language_model(sizes, **keys), config, items, columns, labels, 6)
+    assert 0.95 < found.expected / 1e9 / counted < 1.3
+    assert found.expected < found.most
 
 
 def test_cuda_graphs_do_not_depend_on_shapes(monkeypatch):

@@ -188,3 +188,28 @@ def test_without_mlx_lm_it_says_what_to_install(write, call_main, monkeypatch):
     outcome = call_main(write())
     assert outcome.status == 2
     assert "pip install -r requirements-llm.txt" in outcome.err
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"lora_rank": 4, "quantize": 8}])
+def test_a_gpu_gets_as_many_rows_at_once_as_its_memory_holds(keys, write, tmp_path, call_main, gpu_code, monkeypatch):
+    """The estimate is among the run's first lines and those of a dry run; steps have other rows and equal losses."""
+    found = {}
+    for name, size in (("large", 80_000_000_000), ("small", 40_000_000)):
+        monkeypatch.setattr(mx, "device_info", lambda size=size: {"total_memory": size})
+        outcome = call_main(write(name=name, num_epochs=3, gradient_accumulation_steps=4, **keys))
+        assert outcome.status == 0, outcome.err
+        [line] = [line for line in outcome.out.splitlines() if line.startswith("memory: about ")]
+        found[name] = int(re.search(r"for micro-batches of (\d+) of the longest", line)[1])
+    assert line in call_main(tmp_path / "small.yaml", "--dry-run").out.splitlines()
+    assert 1 < found["small"] < found["large"] == 32
+    one, other = (losses(tmp_path / "runs" / name) for name in ("small", "large"))
+    assert one == pytest.approx(other, rel=2e-3 if "bf16" in keys else 1e-5) and len(one) == 3
+
+
+def test_a_gpu_that_is_too_small_for_one_item(write, tmp_path, call_main, gpu_code, monkeypatch):
+    """Activations are not computed again where adapters have dropout, so that is not advised then."""
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 1000})
+    outcome = call_main(write(name="one"), "--dry-run")
+    assert "one item may not fit into this GPU's memory; try grad_checkpoint: True" in outcome.err
+    outcome = call_main(write(name="two", lora_rank=4, lora_dropout=0.1), "--dry-run")
+    assert "one item may not fit into this GPU's memory\n" in outcome.err

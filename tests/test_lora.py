@@ -15,6 +15,7 @@ from config import Config, load_config
 from dataset import Curriculum, collate
 from models.loading import find_tokenizer, load_model
 from models.lora import ADAPTERS, ROWS
+from models.precision import computing_in
 from models.source import find_source
 from scripts import export
 from text.reader import read_examples
@@ -97,6 +98,25 @@ def test_a_quantized_base_trains(base, bits):
     batch = batch_of(base, config, tokenizer)
     before = loss_of(model, batch)
     assert trained(model, batch, config, 10) < before - 1
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_bfloat16_sums_the_special_rows_in_float32_and_nothing_else(base, bits, operands):
+    """Thousands of tokens that each add one; adapters, base and states are bfloat16 in a whole training pass."""
+    config = make_config(base, lora_rank=4, quantize=bits)
+    model, tokenizer = loaded(config)
+    batch, special = batch_of(base, config, tokenizer), mx.full((3, 2001), tokenizer.latent_id)
+    operands.clear()  # those of the check at load
+    with computing_in(model.train(), mx.bfloat16):
+        gradient = nn.value_and_grad(model, lambda: model(batch))()[1]
+        sums = nn.value_and_grad(model, lambda: model.transformer.embed(special).astype(mx.float32).sum())()[1]
+        hidden, cache = model.think(batch)
+        assert hidden.dtype == cache[0].state[0].dtype == model.transformer.logits(hidden).dtype == mx.bfloat16
+    assert len(operands) > 100 and set(operands) <= {mx.bfloat16, mx.uint32}
+    kinds = {name.rsplit(".", 1)[-1]: array.dtype for name, array in tree_flatten(gradient)}
+    assert kinds == {"lora_a": mx.bfloat16, "lora_b": mx.bfloat16, "special_rows": mx.float32}
+    [rows] = [array for name, array in tree_flatten(sums) if name.endswith("embed_tokens.special_rows")]
+    assert rows.max().item() == 3 * 2001  # a bfloat16 sum of ones ends at 256
 
 
 def run_keys(base, folder, **keys) -> dict:

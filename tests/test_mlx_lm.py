@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from coconut import Batch, Coconut
 from dataset import TrainingSequence, collate
+from models import ops
 from models.mlx_lm import TESTED, LanguageConfig, LanguageModel, build, self_check
 from models.precision import computing_in
 from models.rope import check_rope, flat_rope
@@ -234,6 +235,76 @@ def test_quantized_weights_keep_their_type_in_another_precision():
     assert {name: p.dtype for name, p in tree_flatten(model.parameters())} == kinds
 
 
+def test_float32_modules_compute_the_bits_of_mlx_lms(model):
+    """Logits and every gradient of whole rows, against a model of mlx-lm that nothing was done to."""
+    values, ids = model.config.values, mx.array([[3, 9, 30, 9, 4], [8, 5, 7, 21, 39]])
+    plain, weights = build(values), mx.random.normal((2, 5, 40))
+    plain.load_weights(tree_flatten(model.lm.parameters()))
+    found, expected = (
+        nn.value_and_grad(lm, lambda ids, lm=lm: (lm(ids) * weights).sum())(ids) for lm in (model.lm, plain)
+    )
+    for (name, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.array_equal(one, other).item(), name
+
+
+def bfloat16_gradient(model: LanguageModel, loss) -> tuple[mx.array, dict[str, mx.array]]:
+    """A loss of no arguments in bfloat16, and its gradient by parameter in the types that it was computed in."""
+    wrapped = Coconut(model).train()
+    with computing_in(wrapped, mx.bfloat16):
+        found, gradient = nn.value_and_grad(wrapped, loss)()
+    return found, {name.removeprefix("transformer."): array for name, array in tree_flatten(gradient)}
+
+
+def is_sum_over_tokens(name: str) -> bool:
+    """Of a parameter's gradient: those of norms, biases and the embedding table are."""
+    return "norm" in name or name.endswith("bias") or "embed_tokens" in name
+
+
+def worst_error(found: dict[str, mx.array], exact: dict[str, mx.array]) -> float:
+    """The largest error of a gradient that is a sum over tokens, as a part of its norm."""
+    names = [name for name in exact if is_sum_over_tokens(name)]
+    return max((mx.linalg.norm(found[name] - exact[name]) / mx.linalg.norm(exact[name])).item() for name in names)
+
+
+def test_products_are_bfloat16_and_sums_over_tokens_float32(model, operands):
+    """A whole training pass with thoughts; its sums are within 4 times what rounding the weights alone changes."""
+    batch, coconut, own = collate(rows(), EOS).to_mlx(), Coconut(model), model.parameters()
+    loss, exact = nn.value_and_grad(coconut, lambda: coconut(batch))()
+    assert set(operands) == {mx.float32}
+    operands.clear()
+    found, rough = bfloat16_gradient(model, lambda: coconut(batch))
+    assert len(operands) >= 2 * 4 * 11  # layers, passes, operands of four products and of attention
+    assert set(operands) == {mx.bfloat16}
+    model.update(tree_map(lambda array: array.astype(mx.bfloat16).astype(mx.float32), own))
+    rounded = nn.value_and_grad(coconut, lambda: coconut(batch))()[1]
+    model.update(own)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-2)
+    for name, array in rough.items():
+        assert array.dtype == (mx.float32 if is_sum_over_tokens(name) else mx.bfloat16), name
+    exact, rounded = (dict(tree_flatten(gradient["transformer"])) for gradient in (exact, rounded))
+    assert worst_error(rough, exact) < 4 * worst_error(rounded, exact)
+
+
+N_TOKENS = 6003  # a bfloat16 sum of ones ends at 256
+
+
+def test_long_sums_over_tokens_do_not_stop_growing(model):
+    """The gradients of every norm and bias, and of the table, where each token adds one."""
+    modules = {f"lm.{name}": module for name, module in model.lm.named_modules()}
+    names = {name for name, _ in tree_flatten(model.parameters()) if is_sum_over_tokens(name)}
+    assert len(names) >= 4
+    for name in names - {"lm.model.embed_tokens.weight"}:
+        module = modules[name.rpartition(".")[0]]
+        weight = module.weight  # [width of a norm], or [out, in] of a biased layer
+        signs = mx.where(mx.arange(weight.shape[-1]) % 2, 1, -1).astype(mx.bfloat16)  # its own layer norm
+        x = mx.broadcast_to(signs, (3, N_TOKENS // 3, *signs.shape))
+        _, gradient = bfloat16_gradient(model, lambda module=module, x=x: module(x).astype(mx.float32).sum())
+        assert np.abs(np.array(gradient[name])) == pytest.approx(N_TOKENS, rel=1e-3), name
+    ids = mx.ones((3, N_TOKENS // 3), dtype=mx.int32)
+    _, gradient = bfloat16_gradient(model, lambda: model.embed(ids).astype(mx.float32).sum())
+    assert gradient["lm.model.embed_tokens.weight"][1].max().item() == N_TOKENS
+
+
 class Wrong(LanguageModel):
     """A model that is wrong in one way."""
 
@@ -280,6 +351,22 @@ def test_a_config_without_sizes_is_refused():
         LanguageConfig.from_dict(TINY | {"model_type": "llama", "vocab_size": "many"})
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, (4, 2, 8, 48)),
+        ({"num_attention_heads": None, "num_key_value_heads": None, "head_dim": None}, (1, 1, 32, 48)),
+        ({"head_dim": None, "num_key_value_heads": None}, (4, 4, 8, 48)),
+        ({"intermediate_size": None}, (4, 2, 8, 128)),
+        ({"intermediate_size": [64, 96], "num_key_value_heads": [1, 2]}, (4, 2, 8, 96)),
+    ],
+)
+def test_sizes_of_the_layers_have_defaults(keys, expected):
+    """Heads, those of keys, width of a head and between feed-forward layers: what memory is estimated from."""
+    shape = LanguageConfig.from_dict(TINY | {"model_type": "llama"} | keys)
+    assert (shape.n_head, shape.n_kv_head, shape.head_dim, shape.n_inner) == expected
+
+
 def test_batches_are_what_the_loop_gets():
     """The rows of this file have thoughts in different places, so that the tests above compare something."""
     batch = collate(rows(), EOS)
@@ -287,9 +374,11 @@ def test_batches_are_what_the_loop_gets():
     assert json.dumps(tree_map(str, TINY))
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
-def test_logits_in_parts_change_nothing(name, monkeypatch):
-    """Loss and gradients, of an output layer of its own, a tied one, and one with a cap."""
+def test_logits_in_parts_change_nothing(name, on_gpu, monkeypatch):
+    """Loss and gradients, of an output layer of its own, a tied one, and one with a cap; also with a GPU's code."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     coconut, batch = Coconut(tiny(name, MODELS[name])), collate(rows(), EOS).to_mlx()
     loss_and_gradient = nn.value_and_grad(coconut, lambda b: coconut(b))
     loss, gradient = loss_and_gradient(batch)

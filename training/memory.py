@@ -4,25 +4,37 @@ import os
 import sys
 from bisect import bisect_right
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from config import Config
 from dataset import COLUMNS_MULTIPLE, Curriculum
-from models.gpt2 import GPT2Config
+from models.gpt2 import GPT2, GPT2Config
+from models.lora import LoraModel
+from models.mlx_lm import LanguageConfig, LanguageModel
+from models.precision import compute_dtype
 from parallel.streams import on_gpu
 from text.tokens import TokenDataset
 from utils import human_size, say, warn
 
-# What a training step keeps of each column in a layer, in units of 4 bytes * n_embd, found by counting what MLX's CUDA
-# library allocates (docs/performance.md): in float32, in bfloat16, and with activations computed again, which takes
-# the last number once more for the layer in progress.
+# What a training step of GPT-2 keeps of each column in a layer, in units of 4 bytes * n_embd, found by counting what
+# MLX's CUDA library allocates (docs/performance.md): in float32, in bfloat16, and with activations computed again,
+# which takes the last number once more for the layer in progress.
 KEPT, KEPT_BF16, KEPT_RECOMPUTED, RECOMPUTED = 18.5, 13.5, 4.5, 20
-SHARE = 0.5  # of the memory that an estimate may take: a GPU's arrays stay until the operations behind them have run
-BUSY = (
-    64  # rows that keep a large GPU busy; with fewer it waits for the host, which starts 6,000 kernels for any number
-)
+# The same of a model of mlx-lm, in numbers of the type that it computes in. Multiples of the model's width (in bfloat16
+# more, because norms take float32), of all heads' and of the inner width, and for each pass of the keys' width.
+WIDTH, WIDTH_BF16, HEADS, INNER, KEYS = 6, 8, 5, 5, 1.2
+SCORES, SCORES_BF16 = 40, 24  # bytes of each score of attention, of one layer: the backward pass computes them again
+LOGITS, LOGITS_LANGUAGE, LOGITS_ADAPTERS = 3, 4, 6  # float32 numbers of each, of GPT-2, mlx-lm's models, with LoRA
+IN_PROGRESS, RECOMPUTING = 2, 5  # layers whose backward pass holds as much again
+UPDATE, TRAINED = 8, 5  # float32 numbers of a trained parameter that AdamW's update and that a backward pass hold
+BEHIND = 2  # times the activations that a GPU may hold: its arrays stay until the operations behind them have run
+BUSY = 64  # rows that keep a large GPU busy; with fewer it waits for the host: 6,000 kernels for any number
+
+Transformer = GPT2 | LanguageModel
 
 
 def gpu_memory() -> int:
@@ -49,49 +61,88 @@ def limit_memory() -> None:
         mx.set_memory_limit(gpu_memory() * 4 // 5)
 
 
-def step_bytes(shape: GPT2Config, config: Config, n_items: int, n_columns: int, n_labels: int) -> int:
-    """The most memory of a training step whose micro-batch has n_items rows of n_columns, n_labels of them labeled."""
+class StepSize(NamedTuple):
+    """Bytes that a training step takes."""
+
+    expected: int  # on a GPU that is done with every operation at once
+    most: int  # on one that is behind its host
+
+
+def step_size(model: Transformer, config: Config, n_items: int, n_columns: int, n_labels: int, n_latents: int):
+    """The StepSize of micro-batches of n_items rows of n_columns, n_latents of them thoughts, with n_labels labels."""
+    shape = model.config
+    if isinstance(shape, GPT2Config):
+        item, logits = _gpt2_item(shape, config, n_columns), LOGITS
+    else:
+        item = _language_item(shape, config, n_columns, n_latents)
+        logits = LOGITS_ADAPTERS if isinstance(model, LoraModel) else LOGITS_LANGUAGE
+    activations = n_items * item + 4 * logits * n_labels * shape.vocab_size
+    trained, frozen = _parameter_bytes(model, config)
+    update = UPDATE * trained + frozen
+    return StepSize(int(max(update, TRAINED * trained + frozen + activations)), int(update + BEHIND * activations))
+
+
+def _parameter_bytes(model: Transformer, config: Config) -> tuple[int, int]:
+    """(those that train, once, in float32; frozen ones, with the copy in the type that is computed in)."""
+    trained = {name: array.size for name, array in tree_flatten(model.trainable_parameters())}
+    frozen = [array for name, array in tree_flatten(model.parameters()) if name not in trained]
+    dtype = compute_dtype(config.bf16)
+    cast = [array.size for array in frozen if mx.issubdtype(array.dtype, mx.floating) and array.dtype != dtype]
+    return 4 * sum(trained.values()), sum(array.nbytes for array in frozen) + dtype.size * sum(cast)
+
+
+def _gpt2_item(shape: GPT2Config, config: Config, n_columns: int) -> float:
+    """Bytes that a row of a micro-batch takes in all layers of GPT-2."""
     hidden, weights = 4 * n_columns * shape.n_embd, shape.n_head * n_columns**2  # bytes, numbers: of an item in a layer
     if config.grad_checkpoint:
-        layers = (KEPT_RECOMPUTED * shape.n_layer + RECOMPUTED) * hidden + 29 * weights
-    else:
-        layers = shape.n_layer * ((KEPT_BF16 if config.bf16 else KEPT) * hidden + 5 * weights)  # float32 and bool
-    logits = 3 * 4 * n_labels * shape.vocab_size
-    parameters = 5 * 4 * shape.n_parameters  # with two moments, the gradient, and its sum over micro-batches
-    return int(parameters + n_items * layers + logits)
+        return (KEPT_RECOMPUTED * shape.n_layer + RECOMPUTED) * hidden + 29 * weights
+    return shape.n_layer * ((KEPT_BF16 if config.bf16 else KEPT) * hidden + 5 * weights)  # float32 and bool
 
 
-def rows_at_once(shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum) -> int:
+def _language_item(shape: LanguageConfig, config: Config, n_columns: int, n_latents: int) -> float:
+    """The same of a model of mlx-lm. Each pass of the thought loop keeps the keys and values of all columns so far."""
+    column = n_columns * (2 if config.bf16 else 4)
+    keys = KEYS * (1 + n_latents) * shape.n_kv_head * shape.head_dim
+    others = HEADS * shape.n_head * shape.head_dim + INNER * shape.n_inner
+    layer = column * ((WIDTH_BF16 if config.bf16 else WIDTH) * shape.n_embd + others + keys)
+    scores = (SCORES_BF16 if config.bf16 else SCORES) * shape.n_head * n_columns**2
+    if config.grad_checkpoint:
+        return shape.n_layer * column * (2 * shape.n_embd + keys) + RECOMPUTING * layer + scores
+    return (shape.n_layer + IN_PROGRESS) * layer + scores
+
+
+def rows_at_once(model: Transformer, config: Config, data: TokenDataset, curriculum: Curriculum) -> int:
     """How many rows a micro-batch has on a GPU: as many as its memory holds, up to BUSY or batch_size_training.
 
     The optimizer step is the same however its items are cut into micro-batches.
     """
     most = min(max(BUSY, config.batch_size_training), config.batch_size_training * config.gradient_accumulation_steps)
-    sizes = [longest_step(shape, config, data, curriculum, n)[0] for n in range(1, most + 1)]
-    return max(1, bisect_right(sizes, SHARE * gpu_memory()))
+    sizes = [longest_step(model, config, data, curriculum, n)[0].most for n in range(1, most + 1)]
+    return max(1, bisect_right(sizes, gpu_memory()))
 
 
 def longest_step(
-    shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum, n_rows: int
-) -> tuple[int, int]:
-    """(bytes, columns) of a step whose micro-batch has so many of the longest items."""
+    model: Transformer, config: Config, data: TokenDataset, curriculum: Curriculum, n_rows: int
+) -> tuple[StepSize, int]:
+    """(size, columns) of a step whose micro-batch has so many of the longest items."""
     lengths, multiple = curriculum.longest(data), COLUMNS_MULTIPLE[1]
     n_columns = (-(-int(lengths.max()) // multiple) + 1) * multiple
     n_labels = n_rows * float(np.mean(lengths - data.question_lengths))
-    return step_bytes(shape, config, n_rows, n_columns, int(n_labels)), n_columns
+    n_latents = min(config.max_latent_stage * curriculum.thoughts_per_step, n_columns)
+    return step_size(model, config, n_rows, n_columns, int(n_labels), n_latents), n_columns
 
 
-def say_memory(shape: GPT2Config, config: Config, data: TokenDataset, curriculum: Curriculum, n_rows: int) -> None:
+def say_memory(model: Transformer, config: Config, data: TokenDataset, curriculum: Curriculum, n_rows: int) -> None:
     """Say how much memory the longest items take in training, and warn where the GPU has less.
 
     Before the first step, because Metal ends the process where memory ends.
     """
-    size, n_columns = longest_step(shape, config, data, curriculum, n_rows)
-    needed, given = human_size(size), human_size(gpu_memory())
+    size, n_columns = longest_step(model, config, data, curriculum, n_rows)
+    needed, given = human_size(size.expected), human_size(gpu_memory())
     say(f"memory: about {needed} of {given}, for micro-batches of {n_rows} of the longest items ({n_columns} columns)")
-    if size > SHARE * gpu_memory():
-        remedy = "" if config.grad_checkpoint else "; try grad_checkpoint: True"
-        warn(f"one item may not fit into this GPU's memory{remedy}")
+    if size.most > gpu_memory():
+        possible = not (config.grad_checkpoint or config.lora_dropout)  # the two do not go together
+        warn(f"one item may not fit into this GPU's memory{'; try grad_checkpoint: True' if possible else ''}")
 
 
 def say_kernels() -> None:

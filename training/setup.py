@@ -14,7 +14,6 @@ from coconut import Coconut
 from config import FIELDS, Config
 from dataset import Curriculum, Data, count_batches, warn_of_shared_questions
 from methods import METHOD_KEYS
-from models.gpt2 import GPT2Config
 from models.loading import find_tokenizer, load_model
 from models.precision import name_precision
 from models.source import Source, find_source
@@ -59,10 +58,9 @@ class Run:
     @cached_property
     def n_rows(self) -> int:
         """Rows of a micro-batch on a GPU."""
-        shape = self.model.transformer.config
-        if not on_gpu() or not isinstance(shape, GPT2Config):
+        if not on_gpu():
             return self.config.batch_size_training
-        return rows_at_once(shape, self.config, self.train.tokens, self.curriculum)
+        return rows_at_once(self.model.transformer, self.config, self.train.tokens, self.curriculum)
 
     @property
     def first_epoch(self) -> int:
@@ -258,8 +256,8 @@ def print_summary(run: Run, blas: str) -> None:
         say(disk)
     if on_gpu():
         say_kernels()
-    if run.train and on_gpu() and isinstance(shape, GPT2Config):
-        say_memory(shape, config, run.train.tokens, run.curriculum, run.n_rows)
+    if run.train and on_gpu():
+        say_memory(run.model.transformer, config, run.train.tokens, run.curriculum, run.n_rows)
     if run.train and trains_no_thought(run.curriculum, run.first_epoch, run.train.tokens.step_counts()):
         warn(
             f"{config.method.name}: this run trains no thought: c_thought is {config.c_thought}, max_latent_stage "
