@@ -235,7 +235,7 @@ def test_quantized_weights_keep_their_type_in_another_precision():
     assert {name: p.dtype for name, p in tree_flatten(model.parameters())} == kinds
 
 
-def test_float32_modules_compute_the_bits_of_mlx_lms(model):
+def test_float32_modules_compute_the_bits_of_mlx_lms(model, cpu):
     """Logits and every gradient of whole rows, against a model of mlx-lm that nothing was done to."""
     values, ids = model.config.values, mx.array([[3, 9, 30, 9, 4], [8, 5, 7, 21, 39]])
     plain, weights = build(values), mx.random.normal((2, 5, 40))
@@ -303,6 +303,20 @@ def test_long_sums_over_tokens_do_not_stop_growing(model):
     ids = mx.ones((3, N_TOKENS // 3), dtype=mx.int32)
     _, gradient = bfloat16_gradient(model, lambda: model.embed(ids).astype(mx.float32).sum())
     assert gradient["lm.model.embed_tokens.weight"][1].max().item() == N_TOKENS
+
+
+def test_recomputing_changes_nothing_in_bfloat16(operands):
+    """The same products, and the same gradients in the same types."""
+    batch, gradients = collate(rows(), EOS).to_mlx(), []
+    for recomputes in (False, True):
+        model = tiny("qwen2", MODELS["qwen2"])
+        model.grad_checkpoint = recomputes
+        coconut = Coconut(model)
+        gradients.append(bfloat16_gradient(model, lambda coconut=coconut: coconut(batch))[1])
+    assert set(operands) == {mx.bfloat16}
+    for name, expected in gradients[0].items():
+        assert gradients[1][name].dtype == expected.dtype, name
+        assert mx.allclose(gradients[1][name], expected, rtol=1e-2, atol=1e-3).item(), name
 
 
 class Wrong(LanguageModel):
