@@ -473,22 +473,27 @@ def test_a_gpu_that_is_too_small_for_one_item(small_gpu, shared_tiny, call_main,
 
 
 @pytest.mark.parametrize(
-    ("keys", "items", "columns", "labels", "counted"),  # GPT-2 124M; GB, the least of three steps
+    ("keys", "items", "columns", "labels", "counted"),  # GPT-2 124M; GB, the least of four steps
     [
-        ({}, 4, 416, 512, 4.0),
-        ({}, 32, 416, 2048, 15.7),
-        ({}, 32, 736, 2048, 31.7),
-        ({}, 128, 128, 4096, 16.2),
-        ({"bf16": True}, 32, 416, 2048, 15.3),
-        ({"bf16": True}, 128, 128, 4096, 11.7),
-        ({"grad_checkpoint": True}, 32, 416, 2048, 8.8),
-        ({"grad_checkpoint": True}, 64, 416, 3584, 14.7),
+        ({}, 4, 416, 512, 4.3),
+        ({}, 32, 416, 2048, 16.7),
+        ({}, 64, 416, 4096, 30.8),
+        ({}, 32, 736, 2048, 35.0),
+        ({}, 128, 128, 7680, 21.2),
+        ({"bf16": True}, 32, 416, 2048, 13.8),
+        ({"bf16": True}, 32, 736, 2048, 29.7),
+        ({"bf16": True}, 128, 128, 7680, 15.4),
+        ({"grad_checkpoint": True}, 8, 416, 512, 4.3),
+        ({"grad_checkpoint": True}, 32, 416, 2048, 10.2),
+        ({"grad_checkpoint": True}, 64, 416, 4096, 18.7),
+        ({"grad_checkpoint": True}, 32, 736, 2048, 22.7),
+        ({"grad_checkpoint": True}, 128, 128, 7680, 13.2),
     ],
 )
 def test_the_estimate_is_near_what_was_counted(keys, items, columns, labels, counted):
     config = Config(save_path="", name="", val_path="", **keys)
     found = memory.step_size(GPT2(GPT2Config(vocab_size=50_260)), config, items, columns, labels, 6)
-    assert found.expected / 1e9 == pytest.approx(counted, rel=0.25)
+    assert found.expected / 1e9 == pytest.approx(counted, rel=0.2)
 
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "tie_word_embeddings": True}

@@ -23,7 +23,7 @@ from utils import human_size, say, warn
 # What a training step of GPT-2 keeps of each column in a layer, in units of 4 bytes * n_embd, found by counting what
 # MLX's CUDA library allocates (docs/performance.md): in float32, in bfloat16, and with activations computed again,
 # which takes the last number once more for the layer in progress.
-KEPT, KEPT_BF16, KEPT_RECOMPUTED, RECOMPUTED = 18.5, 13.5, 4.5, 20
+KEPT, KEPT_BF16, KEPT_RECOMPUTED, RECOMPUTED = 18.5, 13.5, 4.5, 5
 # The same of a model of mlx-lm, in numbers of the type that it computes in. Multiples of the model's width (in bfloat16
 # more, because norms take float32), of all heads' and of the inner width, and for each pass of the keys' width.
 WIDTH, WIDTH_BF16, HEADS, INNER, KEYS = 6, 8, 5, 5, 1.2
@@ -95,7 +95,7 @@ def _gpt2_item(shape: GPT2Config, config: Config, n_columns: int) -> float:
     """Bytes that a row of a micro-batch takes in all layers of GPT-2."""
     hidden, weights = 4 * n_columns * shape.n_embd, shape.n_head * n_columns**2  # bytes, numbers: of an item in a layer
     if config.grad_checkpoint:
-        return (KEPT_RECOMPUTED * shape.n_layer + RECOMPUTED) * hidden + 29 * weights
+        return (KEPT_RECOMPUTED * shape.n_layer + RECOMPUTED) * hidden + 65 * weights
     return shape.n_layer * ((KEPT_BF16 if config.bf16 else KEPT) * hidden + 5 * weights)  # float32 and bool
 
 
