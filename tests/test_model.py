@@ -342,6 +342,33 @@ def test_ten_runs_of_one_seed_are_equal_bit_by_bit_and_another_seed_differs(cpu)
     assert train_a_little(seed=6) not in runs
 
 
+def test_an_update_in_groups_changes_no_bit(cpu, monkeypatch):
+    """Groups of one parameter, of some, and of all; each time all of them, with MLX's own update of the whole tree."""
+    whole, sizes, own = train_a_little(seed=5), [], TrainStep._updated
+
+    def updated(self, parameters, *others):
+        sizes.append([array.nbytes for array in parameters])
+        return own(self, parameters, *others)
+
+    monkeypatch.setattr(TrainStep, "_updated", updated)
+    for limit, largest_group in ((1, 4096), (5000, 5000)):
+        monkeypatch.setattr("training.step.LARGEST_UPDATE", limit)
+        sizes.clear()
+        assert train_a_little(seed=5) == whole
+        n_parameters = len(tree_flatten(make_model().parameters()))
+        assert sum(map(len, sizes)) == 3 * n_parameters and max(map(sum, sizes)) <= largest_group
+        assert len(sizes) == 3 * n_parameters if limit == 1 else len(sizes) < n_parameters
+
+    def at_once(self, gradient, learning_rate):
+        self.optimizer.learning_rate = learning_rate
+        self.optimizer.update(self.model, gradient)
+        mx.eval(self.model.parameters(), self.optimizer.state)
+        return 0.0
+
+    monkeypatch.setattr(TrainStep, "_update", at_once)
+    assert train_a_little(seed=5) == whole
+
+
 def test_dropout_draws_another_mask_at_every_step_and_in_every_epoch():
     """The same batch at learning rate 0 has another loss each time; a frozen mask would repeat it."""
     config = Config(save_path="", name="", val_path="", coconut=True, lr=0, weight_decay=0)

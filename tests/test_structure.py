@@ -26,8 +26,8 @@ FLOORS = [
 TRAINING = [
     {"trainer", "dry_run"},
     {"setup"},
-    {"resume"},
-    {"checkpoint", "step", "evaluation", "memory", "metrics", "curves"},
+    {"resume", "memory"},
+    {"checkpoint", "step", "evaluation", "metrics", "curves"},
 ]
 FOLDERS = ("models", "text", "training", "parallel", "startup", "analysis", "scripts", "benchmarks", "preprocessing")
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])

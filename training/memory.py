@@ -18,6 +18,7 @@ from models.mlx_lm import LanguageConfig, LanguageModel
 from models.precision import compute_dtype
 from parallel.streams import on_gpu
 from text.tokens import TokenDataset
+from training.step import LARGEST_UPDATE
 from utils import human_size, say, warn
 
 # What a training step of GPT-2 keeps of each column in a layer, in units of 4 bytes * n_embd, found by counting what
@@ -30,7 +31,9 @@ WIDTH, WIDTH_BF16, HEADS, INNER, KEYS = 6, 8, 5, 5, 1.2
 SCORES, SCORES_BF16 = 40, 24  # bytes of each score of attention, of one layer: the backward pass computes them again
 LOGITS, LOGITS_LANGUAGE, LOGITS_ADAPTERS = 3, 4, 6  # float32 numbers of each, of GPT-2, mlx-lm's models, with LoRA
 IN_PROGRESS, RECOMPUTING = 2, 5  # layers whose backward pass holds as much again
-UPDATE, TRAINED = 8, 5  # float32 numbers of a trained parameter that AdamW's update and that a backward pass hold
+# Float32 numbers of each trained parameter that are held: in AdamW's update, by those that it updates at once beside
+# that, and in a backward pass.
+UPDATE, AT_ONCE, TRAINED = 4, 4, 5
 BEHIND = 2  # times the activations that a GPU may hold: its arrays stay until the operations behind them have run
 BUSY = 64  # rows that keep a large GPU busy; with fewer it waits for the host: 6,000 kernels for any number
 
@@ -77,18 +80,20 @@ def step_size(model: Transformer, config: Config, n_items: int, n_columns: int, 
         item = _language_item(shape, config, n_columns, n_latents)
         logits = LOGITS_ADAPTERS if isinstance(model, LoraModel) else LOGITS_LANGUAGE
     activations = n_items * item + 4 * logits * n_labels * shape.vocab_size
-    trained, frozen = _parameter_bytes(model, config)
-    update = UPDATE * trained + frozen
-    return StepSize(int(max(update, TRAINED * trained + frozen + activations)), int(update + BEHIND * activations))
+    trained, at_once, frozen = _parameter_bytes(model, config)
+    update = UPDATE * trained + AT_ONCE * at_once
+    expected = max(update, TRAINED * trained + activations) + frozen
+    return StepSize(int(expected), int(max(update, TRAINED * trained) + frozen + BEHIND * activations))
 
 
-def _parameter_bytes(model: Transformer, config: Config) -> tuple[int, int]:
-    """(those that train, once, in float32; frozen ones, with the copy in the type that is computed in)."""
-    trained = {name: array.size for name, array in tree_flatten(model.trainable_parameters())}
+def _parameter_bytes(model: Transformer, config: Config) -> tuple[int, int, int]:
+    """(those that train, once, in float32; those updated at once; frozen ones, with the copy that is computed in)."""
+    trained = {name: array.nbytes for name, array in tree_flatten(model.trainable_parameters())}
+    at_once = min(sum(trained.values()), max(LARGEST_UPDATE, *trained.values()))
     frozen = [array for name, array in tree_flatten(model.parameters()) if name not in trained]
     dtype = compute_dtype(config.bf16)
     cast = [array.size for array in frozen if mx.issubdtype(array.dtype, mx.floating) and array.dtype != dtype]
-    return 4 * sum(trained.values()), sum(array.nbytes for array in frozen) + dtype.size * sum(cast)
+    return sum(trained.values()), at_once, sum(array.nbytes for array in frozen) + dtype.size * sum(cast)
 
 
 def _gpt2_item(shape: GPT2Config, config: Config, n_columns: int) -> float:
@@ -100,15 +105,16 @@ def _gpt2_item(shape: GPT2Config, config: Config, n_columns: int) -> float:
 
 
 def _language_item(shape: LanguageConfig, config: Config, n_columns: int, n_latents: int) -> float:
-    """The same of a model of mlx-lm. Each pass of the thought loop keeps the keys and values of all columns so far."""
-    column = n_columns * (2 if config.bf16 else 4)
-    keys = KEYS * (1 + n_latents) * shape.n_kv_head * shape.head_dim
-    others = HEADS * shape.n_head * shape.head_dim + INNER * shape.n_inner
-    layer = column * ((WIDTH_BF16 if config.bf16 else WIDTH) * shape.n_embd + others + keys)
+    """The same of a model of mlx-lm. Each pass of the thought loop keeps the keys and values of all columns so far,
+    but where activations are computed again.
+    """
+    column, keys = n_columns * (2 if config.bf16 else 4), shape.n_kv_head * shape.head_dim
+    width = (WIDTH_BF16 if config.bf16 else WIDTH) * shape.n_embd
+    layer = column * (width + HEADS * shape.n_head * shape.head_dim + INNER * shape.n_inner)
     scores = (SCORES_BF16 if config.bf16 else SCORES) * shape.n_head * n_columns**2
     if config.grad_checkpoint:
-        return shape.n_layer * column * (2 * shape.n_embd + keys) + RECOMPUTING * layer + scores
-    return (shape.n_layer + IN_PROGRESS) * layer + scores
+        return shape.n_layer * column * 2 * (shape.n_embd + 2 * keys) + RECOMPUTING * layer + scores
+    return (shape.n_layer + IN_PROGRESS) * (layer + column * KEYS * (1 + n_latents) * keys) + scores
 
 
 def rows_at_once(model: Transformer, config: Config, data: TokenDataset, curriculum: Curriculum) -> int:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from coconut import Batch, Coconut
 from config import Config
@@ -20,6 +20,7 @@ from parallel.streams import map_streams, on_gpu
 from utils import RunError
 
 MicroBatch = list[Chunk]
+LARGEST_UPDATE = 1 << 30  # bytes of parameters that AdamW updates at once
 
 
 class StepResult(NamedTuple):
@@ -39,6 +40,15 @@ def new_optimizer(model: Coconut, config: Config) -> optim.AdamW:
     return optimizer
 
 
+class _Parameter(NamedTuple):
+    """A parameter that AdamW is to update."""
+
+    name: str
+    value: mx.array
+    gradient: mx.array
+    moments: dict[str, mx.array]
+
+
 class TrainStep:
     """One optimizer step on a group of micro-batches. All ranks take the same step: losses and gradients are summed."""
 
@@ -51,9 +61,10 @@ class TrainStep:
                 return model(batch) * loss_weight
 
         self._loss_and_gradient = nn.value_and_grad(model, weighted_loss)
+        self._norm = gradient_norm
         if on_gpu():
             self._loss_and_gradient = compiled(model, self._loss_and_gradient)
-            self._updated = mx.compile(self._updated)
+            self._norm, self._updated = mx.compile(self._norm), mx.compile(self._updated)
 
     def __call__(self, micro_batches: list[MicroBatch], epoch: int, number: int, learning_rate: float) -> StepResult:
         """Take step `number` of an epoch, both counted from 0.
@@ -72,21 +83,41 @@ class TrainStep:
             problem = diverged(f"the loss is {loss} in epoch {epoch + 1}, step {number}")
             self.group.agree(problem)  # all ranks come here, one prints it
         gradient = self.group.all_sum(gradient)
-        self.optimizer.learning_rate = learning_rate
-        parameters, state, norm = self._updated(self.model.trainable_parameters(), self.optimizer.state, gradient)
-        self.model.update(parameters)
-        self.optimizer.state = state
-        mx.eval(parameters, state, norm)
-        return StepResult(loss, int(n_tokens), norm.item())
+        return StepResult(loss, int(n_tokens), self._update(gradient, learning_rate))
 
-    def _updated(self, parameters, state, gradient):
-        """(parameters, optimizer state, norm of the gradient before clipping) after an update."""
-        norm = gradient_norm(gradient)
+    def _update(self, gradient, learning_rate: float) -> float:
+        """Update parameters and optimizer; returns the norm of the gradient before clipping."""
+        norm, waiting = self._norm(gradient), self._parameters(gradient)
+        state = self.optimizer.state
+        state["step"] = state["step"] + 1  # as optim.Optimizer.apply_gradients does
+        self.optimizer.learning_rate = learning_rate
+        numbers = {name: value for name, value in state.items() if isinstance(value, mx.array)}
+        while waiting:
+            group, parameters, gradients, moments = zip(*_take_group(waiting), strict=True)
+            parameters, new_moments = self._updated(parameters, gradients, moments, numbers, norm)
+            self.model.update(tree_unflatten(list(zip(group, parameters, strict=True))))
+            for own, found in zip(moments, new_moments, strict=True):
+                own.update(found)
+            mx.eval(parameters, new_moments, numbers, norm)
+        return norm.item()
+
+    def _parameters(self, gradient) -> list[_Parameter]:
+        """All that train."""
+        tree, gradients, moments = self.model.trainable_parameters(), dict(tree_flatten(gradient)), []
+        self.optimizer.init(tree)  # a state that was loaded lacks the empty parts
+        tree_map(lambda _, own: moments.append(own), tree, self.optimizer.state)  # in the order of tree_flatten
+        named = zip(tree_flatten(tree), moments, strict=True)
+        return [_Parameter(name, value, gradients[name], own) for (name, value), own in named]
+
+    def _updated(self, parameters, gradients, moments, numbers: dict[str, mx.array], norm: mx.array):
+        """(parameters, moments) after AdamW's update of some; numbers: its step and learning rate."""
         if self.config.max_grad_norm is not None:
-            gradient = clipped(gradient, norm, self.config.max_grad_norm)
-        self.optimizer.state = state
-        parameters = self.optimizer.apply_gradients(gradient, parameters)
-        return parameters, self.optimizer.state, norm
+            gradients = clipped(gradients, norm, self.config.max_grad_norm)
+        own, self.optimizer.state = self.optimizer.state, numbers
+        moments = [dict(m) for m in moments]  # apply_single replaces the arrays in them
+        new = [self.optimizer.apply_single(*one) for one in zip(gradients, parameters, moments, strict=True)]
+        self.optimizer.state = own
+        return new, moments
 
     def _accumulate(self, micro_batches: list[MicroBatch]):
         """Sum of the micro-batches' losses, and the sum of their gradients / gradient_accumulation_steps.
@@ -107,6 +138,18 @@ class TrainStep:
             losses.append(sum(loss for loss, _ in results))
             start(losses[-1], total)
         return sum(loss.item() for loss in losses) * n, total
+
+
+def _take_group(waiting: list[_Parameter]) -> list[_Parameter]:
+    """Remove the first parameters from the list: LARGEST_UPDATE bytes or less, or one that is larger.
+
+    MLX holds the old parameters and moments until the new ones are there, so a large model is updated in groups.
+    """
+    size, group = 0, []
+    while waiting and (not group or size + waiting[0].value.nbytes <= LARGEST_UPDATE):
+        group.append(waiting.pop(0))
+        size += group[-1].value.nbytes
+    return group
 
 
 def compiled(model: Coconut, loss_and_gradient: Callable) -> Callable:
