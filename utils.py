@@ -138,11 +138,12 @@ class Progress(tqdm):
 
     def __init__(self, *args, **kwargs):
         self.plain = not can_redraw()
+        columns = 0 if self.plain else os.get_terminal_size(sys.stderr.fileno()).columns
         if self.plain:
             kwargs.update(mininterval=30, bar_format=self.PLAIN)
-        elif os.get_terminal_size(sys.stderr.fileno()).columns < 110:
-            kwargs.update(bar_format=self.NARROW)
-        super().__init__(*args, dynamic_ncols=not self.plain, disable=signals.silent, **kwargs)
+        elif columns < 110:
+            kwargs.update(bar_format=self.NARROW, ncols=columns or 80)  # 0 in a terminal whose size nobody has set
+        super().__init__(*args, dynamic_ncols=columns > 0, disable=signals.silent, **kwargs)
         if self.plain and not self.disable:
             self._decr_instances(self)  # otherwise say and warn would move the cursor to clear and redraw it
 

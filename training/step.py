@@ -175,7 +175,7 @@ def diverged(what: str) -> RunError:
     """The error for numbers that are not finite; they are neither saved nor logged."""
     return RunError(
         f"{what}. Training stopped, and what was saved before is intact: the same command with a lower learning rate "
-        "(the key lr) resumes from there"
+        "(the key lr) resumes from there, or starts anew where nothing was saved"
     )
 
 
