@@ -138,11 +138,11 @@ class Progress(tqdm):
 
     def __init__(self, *args, **kwargs):
         self.plain = not can_redraw()
-        columns = 0 if self.plain else os.get_terminal_size(sys.stderr.fileno()).columns
+        columns, rows = (0, 0) if self.plain else os.get_terminal_size(sys.stderr.fileno())
         if self.plain:
             kwargs.update(mininterval=30, bar_format=self.PLAIN)
-        elif columns < 110:
-            kwargs.update(bar_format=self.NARROW, ncols=columns or 80)  # 0 in a terminal whose size nobody has set
+        elif columns < 110:  # 0 columns and rows where nobody has set a size, and tqdm would show nothing
+            kwargs.update(bar_format=self.NARROW, ncols=columns or 80, nrows=rows or 24)
         super().__init__(*args, dynamic_ncols=columns > 0, disable=signals.silent, **kwargs)
         if self.plain and not self.disable:
             self._decr_instances(self)  # otherwise say and warn would move the cursor to clear and redraw it

@@ -264,10 +264,10 @@ def test_a_deleted_working_directory_is_one_message(trial, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def on_a_terminal(command, cwd, columns=80, **environment) -> str:
-    """Run a command on a terminal of so many columns; returns its output."""
+def on_a_terminal(command, cwd, size=(24, 80), **environment) -> str:
+    """Run a command on a terminal of so many rows and columns; returns its output."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, stdout=slave, stderr=slave)
     os.close(slave)
     shown = b""
@@ -293,7 +293,7 @@ def test_a_terminal_gets_bars_without_colors(environment, trial, tmp_path):
 def test_a_terminal_without_a_size_gets_bars_too(trial, tmp_path):
     """As programs open them that never set one."""
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
-    shown = on_a_terminal(command, trial.folder, columns=0, TERM="xterm-256color")
+    shown = on_a_terminal(command, trial.folder, size=(0, 0), TERM="xterm-256color")
     assert re.search(r"\rEpoch 1/1, stage 0: 100% \[", shown)
 
 
