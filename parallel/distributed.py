@@ -176,7 +176,11 @@ def join(environment: Mapping[str, str]) -> Group:
     try:
         backend, rank, world_size = _launched(environment)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"the launcher's variables (MLX_RANK and others) are inconsistent: {error!r:.200}") from error
+        found = f"{error.args[0]} is not set" if isinstance(error, KeyError) else f"{error!r:.200}"
+        remedy = "unset them for one process, `mlx.launch` sets them for several"
+        raise UserError(
+            f"the launcher's variables (MLX_RANK and others) are inconsistent: {found}; {remedy}"
+        ) from error
     if world_size == 1:
         return ALONE
     if rank:

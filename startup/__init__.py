@@ -22,6 +22,8 @@ def owner_problem(path: Path) -> str | None:
     Raises OSError where there is nothing.
     """
     found = path.stat()
-    if found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return None
-    return f"{path} belongs to another user or can be written by others"
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{path} belongs to another user"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path} can be written by others (chmod go-w makes it safe)"
+    return None

@@ -182,7 +182,7 @@ def _load_from_wheel() -> None:
     with contextlib.suppress(OSError, RuntimeError):  # not writable, or mounted noexec; RuntimeError: no home directory
         copy = cache_folder() / file_name
         if copy.parent.exists() and (problem := owner_problem(copy.parent)):
-            print(f"warning: {problem}; the OpenBLAS in it is not used (chmod go-w makes it safe)", file=sys.stderr)
+            print(f"warning: {problem}; the OpenBLAS in it is not used", file=sys.stderr)
             raise OSError(problem)
         with contextlib.suppress(OSError):  # not yet made, incomplete, damaged or writable by others
             _load_copy(copy)

@@ -206,8 +206,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(cache, copy, tmp_path, mod
     out, err = run(IMPORT, tmp_path)
     assert OURS in out and (folder / copy.name).read_bytes() == before
     assert err == (
-        f"warning: {folder} belongs to another user or can be written by others; the OpenBLAS in it is not used "
-        "(chmod go-w makes it safe)\n"
+        f"warning: {folder} can be written by others (chmod go-w makes it safe); the OpenBLAS in it is not used\n"
     )
 
 

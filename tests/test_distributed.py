@@ -212,7 +212,7 @@ def test_each_launch_of_mlx_is_understood(tmp_path):
         ({"ALPS_APP_PE": "3"}, "started by aprun"),
         ({"PMIX_RANK": "first"}, "are inconsistent.*PMIX_RANK is first, expected a number"),
         ({"WORLD_SIZE": "many"}, "are inconsistent.*WORLD_SIZE is many, expected a number"),
-        ({"MLX_RANK": "0"}, "are inconsistent"),
+        ({"MLX_RANK": "0"}, "are inconsistent: MLX_HOSTFILE is not set; unset them for one process"),
         ({"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere"}, "are inconsistent"),
         ({"MLX_RANK": "2", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "x", "NCCL_PORT": "1"}, "rank 2 of 2"),
         ({"MLX_RANK": "-1", "MLX_WORLD_SIZE": "2"}, "rank -1 of 2"),

@@ -152,7 +152,7 @@ def cached(folder: str | None, key: str, make: Callable[[], TokenDataset]) -> To
     path = None
     try:
         path = _cache_folder(folder) / f"{key}.npz"
-        if path.exists() and not (owner_problem(path.parent) or owner_problem(path)):
+        if path.exists() and not path.is_fifo() and not (owner_problem(path.parent) or owner_problem(path)):
             return load(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         problems.append(str(error))
@@ -173,7 +173,7 @@ def store(path: Path, data: TokenDataset) -> None:
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if problem := owner_problem(path.parent):
-        raise OSError(f"{problem} (chmod go-w makes it safe)")
+        raise OSError(problem)
     _remove_stale(path.parent)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **vars(data))
