@@ -100,7 +100,7 @@ def read_config(words: list[str], group: Group) -> Config:
 
 
 def set_up_device(config: Config) -> None:
-    """Choose device, precision and streams: several share a batch on a CPU, but not with grad_checkpoint."""
+    """Choose device, precision and streams: several share a batch on a CPU, with grad_checkpoint only if asked for."""
     if config.tf32:
         settings.no_graphs()
     else:
@@ -109,7 +109,7 @@ def set_up_device(config: Config) -> None:
     settings.own_kernels()
     use_device(os.environ.get("COCONUT_DEVICE"))
     limit_memory()
-    n = use_streams("1" if config.grad_checkpoint else os.environ.get("COCONUT_STREAMS"))
+    n = use_streams(os.environ.get("COCONUT_STREAMS") or ("1" if config.grad_checkpoint else None))
     if n > 1:
         settings.lift_graph_width()
 

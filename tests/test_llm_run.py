@@ -206,6 +206,13 @@ def test_a_gpu_gets_as_many_rows_at_once_as_its_memory_holds(keys, write, tmp_pa
     assert one == pytest.approx(other, rel=2e-3 if "bf16" in keys else 1e-5) and len(one) == 3
 
 
+@pytest.mark.parametrize(("keys", "warned"), [({"quantize": 8}, True), ({}, False)])
+def test_a_quantized_base_on_a_cpu_is_warned_of(keys, warned, cpu, write, call_main):
+    outcome = call_main(write(lora_rank=4, **keys), "--dry-run")
+    assert outcome.status == 0
+    assert ("a quantized base takes about ten times as long on a CPU" in outcome.err) == warned
+
+
 def test_a_gpu_that_is_too_small_for_one_item(write, tmp_path, call_main, gpu_code, monkeypatch):
     """Activations are not computed again where adapters have dropout, so that is not advised then."""
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 1000})

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from conftest import ROOT, tiny_item
 
 from coconut import Coconut
 from config import FIELDS, load_config
 from models import gpt2
+from models.recompute import run_and_recompute
 from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
@@ -895,16 +895,17 @@ def test_help_into_a_closed_pipe_is_no_traceback():
 # Memory and precision
 
 
-def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_path):
-    """grad_checkpoint, dropout on: bit for bit the losses of a run on one stream without it."""
-    monkeypatch.setenv("COCONUT_STREAMS", "1")
+@pytest.mark.parametrize("streams", ["1", "2"])
+def test_recomputation_trains_the_same(streams, shared_tiny, call_main, monkeypatch, tmp_path):
+    """grad_checkpoint, dropout on: bit for bit the losses of a run without it, on as many streams as are asked for."""
+    monkeypatch.setenv("COCONUT_STREAMS", streams)
     recomputed = []
 
-    def noted(block, function):
+    def noted(call, block, *others):
         recomputed.append(block)
-        return nn.utils.checkpoint(block, function)
+        return run_and_recompute(call, block, *others)
 
-    monkeypatch.setattr(gpt2, "checkpoint", noted)
+    monkeypatch.setattr(gpt2, "run_and_recompute", noted)
     losses = []
     for name, again in (("plain", False), ("again", True)):
         assert not recomputed
@@ -912,6 +913,7 @@ def test_recomputation_trains_the_same(shared_tiny, call_main, monkeypatch, tmp_
         assert outcome.status == 0, outcome.err
         records = jsonl(tmp_path / name / "metrics.jsonl")
         losses.append([record["train/loss"] for record in records if "train/loss" in record])
+        assert f"{streams} stream" in outcome.out
     assert recomputed
     assert losses[0] == losses[1] and len(losses[0]) > 2
 

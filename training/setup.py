@@ -267,6 +267,8 @@ def print_summary(run: Run, blas: str) -> None:
         warn_of_long_warm_up(run)
     if config.bf16 and not on_gpu():
         warn("bf16 is many times slower on CPU; float32 is used")
+    if not on_gpu() and (config.quantize or getattr(shape, "quantization", None)):
+        warn("a quantized base takes about ten times as long on a CPU; without `quantize` it stays as it is")
 
 
 def trains_no_thought(curriculum: Curriculum, first_epoch: int, counts: Sequence[int]) -> bool:
