@@ -22,7 +22,7 @@ from startup import blas, settings  # noqa: F401  before mlx
 import mlx.core as mx
 
 import run as run_module
-from parallel.streams import on_gpu
+from parallel.streams import on_gpu, use_streams
 from text.tokenizer import dump_tiktoken, load_tokenizer
 
 settings.exact_products()
@@ -126,6 +126,7 @@ def call_main():
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             status = run_module.main([str(argument) for argument in arguments])
+        use_streams("1")  # tests that follow expect a process as it starts
         return Outcome(status, out.getvalue(), err.getvalue())
 
     return call
