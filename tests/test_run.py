@@ -822,6 +822,19 @@ def test_a_loss_that_only_the_whole_validation_set_shows_leaves_the_last_good_st
     assert [path.name for path in resume.find_states(tiny.runs / "tiny")] == ["state_1_2"]
 
 
+def test_a_state_of_the_middle_of_an_epoch_that_may_be_spoiled_is_named(tiny, last_item_spoiled, call_main):
+    """It is tried on the first validation batch alone; without it the run starts from the state before."""
+    with last_item_spoiled():
+        outcome = call_main(tiny.config(num_epochs=1, save_interval_minutes=1e-9))
+    assert outcome.status == 1
+    [left] = resume.find_states(tiny.runs / "tiny")
+    assert left.name == "state_0_1"
+    assert outcome.err.endswith("If it stops here again, remove state_0_1, from the middle of this epoch\n")
+    assert call_main(tiny.config(num_epochs=1, save_interval_minutes=1e-9, lr=1e-6)).err.count("remove state_0_1") == 1
+    shutil.rmtree(left)
+    assert call_main(tiny.config(num_epochs=1, save_interval_minutes=1e-9)).status == 0
+
+
 def test_a_run_stopped_before_its_validation_loss_keeps_the_state_before_too(
     tiny, last_item_spoiled, call_main, monkeypatch
 ):

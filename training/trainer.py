@@ -187,10 +187,20 @@ class Trainer:
             if self.writes:
                 checkpoint.remove_folder(self.state_folder)
             place = f"after epoch {self.state.epoch + 1}"
-            self.group.agree(diverged(f"the validation loss of {self.run.valid.path} is {loss} {place}"))
+            problem = diverged(f"the validation loss of {self.run.valid.path} is {loss} {place}")
+            self.group.agree(RunError(f"{problem}{self._doubt()}"))
         if self.writes:
             resume.keep_only_state(self.state_folder)
         return loss
+
+    def _doubt(self) -> str:
+        """What to do where the state that is left, of the same epoch, was spoiled before it was saved.
+
+        The whole validation set is not computed for a state in the middle of an epoch, so nothing tells.
+        """
+        of_this_epoch = f"state_{self.state.epoch}_"
+        found = [p.name for p in resume.find_states(self.run.directory) if p.name.startswith(of_this_epoch)]
+        return f". If it stops here again, remove {found[0]}, from the middle of this epoch" if found else ""
 
     def _check_finite(self) -> None:
         """Raise RunError where the weights are of no use, before they replace the last good state.
