@@ -13,7 +13,7 @@ from models.fit import N_SPECIAL, check_fit, check_rows, needs_rows, with_rows
 from models.lora import ADAPTERS, ROWS, Lora, LoraModel
 from models.mlx_lm import LanguageConfig, LanguageModel, build, self_check
 from models.source import Source, model_folder
-from models.weights import Tensors, holds_special_tokens, read_tensors, unwrapped
+from models.weights import Tensors, check_vocabulary, holds_special_tokens, read_tensors, unwrapped
 from parallel.distributed import parameter_digest
 from text.byte_tokenizer import FILES
 from text.tokenizer import Tokenizer
@@ -48,6 +48,7 @@ def _whole(source: Source, config: Config, tokenizer: Tokenizer) -> LanguageMode
     if source.shape.quantization:
         raise UserError(f"{source}: quantized weights cannot be trained; `lora_rank` trains adapters beside them")
     tensors = _read(source.weights)
+    check_vocabulary(source.weights, tokenizer)
     trained = holds_special_tokens(tensors, source.weights)
     tables = [name for name in tensors if TABLES.search(name)]
     if tables and needs_rows(tables[0], tensors[tables[0]], config, tokenizer, source, trained):

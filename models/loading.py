@@ -12,7 +12,7 @@ from models.gpt2 import GPT2, GPT2Config
 from models.language import load_language_model
 from models.mlx_lm import LanguageModel
 from models.source import Source
-from models.weights import canonical, holds_special_tokens, read_tensors
+from models.weights import canonical, check_vocabulary, holds_special_tokens, read_tensors
 from text.byte_tokenizer import ByteTokenizer
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils import UserError, human_size, memory_size
@@ -44,6 +44,7 @@ def load_gpt2(source: Source, config: Config, tokenizer: Tokenizer) -> GPT2:
     if source.weights is None:
         return _fresh_gpt2(source.shape, config, tokenizer)
     tensors = read_tensors(source.weights)
+    check_vocabulary(source.weights, tokenizer)
     trained = holds_special_tokens(tensors, source.weights)
     tensors = canonical(tensors, source.weights)
     n_rows = source.shape.vocab_size

@@ -10,6 +10,7 @@ import numpy as np
 
 from methods import METHODS
 from text.stand_ins import COMPRESSED, find_stand_in
+from text.tokenizer import Tokenizer
 from utils import UserError, human_size, memory_size, read_json, say, warn
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -93,13 +94,26 @@ def holds_special_tokens(tensors: Tensors, path: Path) -> bool | None:
     """
     if any(COCONUT_NAMES.search(name) for name in tensors):
         return True
+    method = METHODS.get(_header(path).get("method"))
+    return method.special_tokens if method else None
+
+
+def check_vocabulary(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the header of our own file says that its model was trained with another vocabulary."""
+    if _header(path).get("vocabulary", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"{path}: trained with another vocabulary than this run's (from {tokenizer.source}); name the right one "
+            "with `tokenizer:`"
+        )
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What a safetensors file, or the first of a folder, says of itself; empty for other files."""
     file = _parts(path)[0] if path.is_dir() else path
     if _format(file) != "safetensors":
-        return None
+        return {}
     with open(file, "rb") as opened:
-        _, header = mx.load(opened, format="safetensors", return_metadata=True)
-    method = METHODS.get(header.get("method"))
-    return method.special_tokens if method else None
+        return mx.load(opened, format="safetensors", return_metadata=True)[1]
 
 
 def holds_weights(folder: Path) -> bool:

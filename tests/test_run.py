@@ -545,6 +545,22 @@ def test_only_eval_of_a_link_to_a_checkpoints_file_knows_how_it_was_trained(fini
     assert "was trained with c_thought: 1" in outcome.err
 
 
+def test_weights_out_of_their_folder_know_their_vocabulary(finished, tmp_path, call_main):
+    """Another one of as many tokens or one less fits their rows, and the special tokens would be the wrong ones."""
+    bare, other = tmp_path / "bare.safetensors", tmp_path / "other.json"
+    shutil.copy(finished[0].runs / "tiny" / "checkpoint_3" / "model.safetensors", bare)
+    words = json.loads(finished[0].words.read_text())
+    keys = ["name=bare", f"save_path={tmp_path}", f"load_model_path={bare}", "num_epochs=1"]
+    config = finished[0].config("bare.yaml")
+    assert call_main(config, *keys).status == 0
+    for fewer in (words[:-1], [*words[:-1], "another"]):
+        other.write_text(json.dumps(fewer))
+        outcome = call_main(config, *keys, "name=other", f"tokenizer={other}")
+        assert outcome.status == 2
+        assert f"{bare}: trained with another vocabulary than this run's (from {other})" in outcome.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_evaluation_with_other_thoughts_does_not_overwrite_the_first(evaluate):
     for n in (1, 2):
         _, folder = evaluate(3, resume=2, c_thought=n)

@@ -213,6 +213,7 @@ def _run_dir(metadata: dict) -> Path:
 
 def _write_model(folder: Path, model: Coconut, metadata: dict) -> None:
     header = {"format": "pt"} | {name: str(metadata[name]) for name in ("epoch", "stage", "method")}
+    header["vocabulary"] = metadata["tokenizer"]["sha256"]
     for name, tensors in model.transformer.saved_tensors().items():
         write_tensors(folder / name, tensors, header)
     for name, text in model.transformer.saved_texts(metadata["tokenizer"]["eos_id"]).items():
