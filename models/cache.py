@@ -153,6 +153,8 @@ class TrainingCache(LayerCache):
     def _widened(self, part: mx.array) -> mx.array:
         B, H, T, Dh = part.shape
         n_more = self.columns.attention_mask.shape[1] - T
+        if not n_more:  # a batch without thoughts has one pass
+            return mx.contiguous(part)
         # Zeros and not what the memory holds: a weight of 0 times NaN is NaN.
         return mx.concatenate([part, mx.zeros((B, H, n_more, Dh), dtype=part.dtype)], axis=2)
 
