@@ -35,7 +35,7 @@ IN_PROGRESS, RECOMPUTING = 2, 5  # layers whose backward pass holds as much agai
 # that, and in a backward pass.
 UPDATE, AT_ONCE, TRAINED = 4, 4, 5
 BEHIND = 2  # times the activations that a GPU may hold: its arrays stay until the operations behind them have run
-BUSY = 64  # rows that keep a large GPU busy; with fewer it waits for the host: 6,000 kernels for any number
+BUSY = 64  # rows that keep a large GPU busy; with fewer it waits for the host: as many kernels for any number
 
 Transformer = GPT2 | LanguageModel
 
@@ -123,8 +123,11 @@ def rows_at_once(model: Transformer, config: Config, data: TokenDataset, curricu
     The optimizer step is the same however its items are cut into micro-batches.
     """
     most = min(max(BUSY, config.batch_size_training), config.batch_size_training * config.gradient_accumulation_steps)
-    sizes = [longest_step(model, config, data, curriculum, n)[0].most for n in range(1, most + 1)]
-    return max(1, bisect_right(sizes, gpu_memory()))
+
+    def size(n_rows: int) -> int:
+        return longest_step(model, config, data, curriculum, n_rows)[0].most
+
+    return max(1, bisect_right(range(1, most + 1), gpu_memory(), key=size))  # a size looks at all items: few of them
 
 
 def longest_step(
