@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     left_padding: mx.array  # [B] int, columns of padding before the row's first token
     latent_mask: mx.array  # [B, K] bool, whether the row has a latent in column first_latent + k
     first_latent: int  # column of the first latent, T where there is none
+    first_read: int  # no hidden state before this column is fed back, predicts a label or a prompt's next token
     label_positions: mx.array  # [N] int, row * T + column of the hidden state that predicts a labeled token
     labels: mx.array  # [N] int, the labeled tokens
     label_mask: mx.array  # [N] float, weight of each label, 0 on entries that only round N up (dataset.collate labels)
@@ -52,8 +53,10 @@ class Coconut(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def think(self, batch: Batch):
-        """Fill in the thoughts and run the whole batch -> (hidden states [B, T, D], cache).
+    def think(self, batch: Batch, first: int = 0):
+        """Fill in the thoughts and run the whole batch -> (hidden states of columns `first` to T, cache).
+
+        first: batch.first_read at most, where the earlier ones are not looked at; [B, T - first, D].
 
         A thought is the hidden state after the final layer norm at the position before its latent (section 3 of the
         paper; official coconut.py). One pass runs up to the first latent, one column for each further latent, and one
@@ -69,7 +72,7 @@ class Coconut(nn.Module):
                 is_latent = batch.latent_mask[:, len(hidden) - 1, None, None]  # [B, 1, 1]
                 thought = mx.where(is_latent, hidden[-1][:, -1:], inputs[:, :1])  # [B, 1, D]
                 inputs = mx.concatenate([thought, inputs[:, 1:]], axis=1)
-            hidden.append(self.transformer(inputs, cache))
+            hidden.append(self.transformer(inputs, cache, max(0, first - start)))
             start = end
         return mx.concatenate(hidden, axis=1), cache
 
@@ -78,8 +81,12 @@ class Coconut(nn.Module):
 
         Logits are computed for those tokens alone.
         """
-        hidden, _ = self.think(batch)
-        labeled = hidden.reshape(-1, hidden.shape[-1])[batch.label_positions]  # [B * T, D] -> [N, D]
+        length, first = batch.input_ids.shape[1], batch.first_read
+        hidden, _ = self.think(batch, first)  # [B, T - first, D]
+        # Aranges and not numbers: see LayerCache.offset.
+        rows = batch.label_positions // mx.arange(length, length + 1)
+        places = batch.label_positions - (rows + 1) * mx.arange(first, first + 1)
+        labeled = hidden.reshape(-1, hidden.shape[-1])[places]  # [N, D]
         return (self._losses(labeled, batch.labels) * batch.label_mask).sum() / batch.label_mask.sum()
 
     def _losses(self, hidden: mx.array, labels: mx.array) -> mx.array:
@@ -134,10 +141,10 @@ class _Decoder:
     def __init__(self, model: Coconut, batch: Batch, eos_id: int):
         self.model, self.eos_id = model, eos_id
         self.stream = mx.default_stream(mx.default_device())
-        hidden, self.cache = model.think(batch)
+        hidden, self.cache = model.think(batch, batch.first_read)
         self.columns = self.cache[0].columns
         self.rows = list(range(len(batch.input_ids)))  # rows of the batch that are still in the arrays
-        self.token = model.argmax(hidden[mx.arange(len(self.rows)), batch.last_column])
+        self.token = model.argmax(hidden[mx.arange(len(self.rows)), batch.last_column - batch.first_read])
         next_position = batch.last_column - batch.left_padding + 1
         self.columns.end_prompt(next_position)
         self.n_free = (model.transformer.config.n_positions - next_position).tolist()  # positions left, by row

@@ -413,13 +413,18 @@ def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int | None
     labeled = attention_mask & (positions >= np.array([[s.n_unlabeled] for s in sequences]))
     labels = input_ids[labeled]
     extra = _round_up(len(labels), LABELS_MULTIPLE[on_gpu()]) - len(labels)
+    places = np.flatnonzero(labeled) - 1  # one before the token
+    first_latent = first if n_latents.any() else length
+    columns = places % length if len(places) else ends - 1
+    first_read = min(first_latent - 1, int(columns.min()) // multiple * multiple)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         left_padding=left_padding.astype(np.int32),
         latent_mask=np.arange(n_latents.max()) < n_latents[:, None],
-        first_latent=first if n_latents.any() else length,
-        label_positions=np.pad(np.flatnonzero(labeled) - 1, (0, extra)).astype(np.int32),  # one before the token
+        first_latent=first_latent,
+        first_read=first_read,
+        label_positions=np.pad(places, (0, extra), constant_values=first_read).astype(np.int32),
         labels=np.pad(labels, (0, extra)),
         label_mask=np.pad(np.ones(len(labels), dtype=np.float32), (0, extra)),
         last_column=(ends - 1).astype(np.int32),

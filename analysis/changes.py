@@ -29,8 +29,8 @@ class Changed:
     def __getattr__(self, name: str):
         return getattr(self._transformer, name)
 
-    def __call__(self, embeddings: mx.array, cache: list) -> mx.array:
-        hidden = self._transformer(embeddings, cache)  # [B, T, D]
+    def __call__(self, embeddings: mx.array, cache: list, first: int = 0) -> mx.array:
+        hidden = self._transformer(embeddings, cache, first)  # [B, T - first, D]
         k, self._passes = self._passes, self._passes + 1
         if k >= self._n_thoughts:
             return hidden

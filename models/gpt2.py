@@ -1,7 +1,7 @@
 """GPT-2 in MLX, with the names and the weight layout of Hugging Face's files (Conv1D: [in, out]).
 
 The thought loop calls four methods of it: `embed(ids)`, `make_cache(attention_mask, left_padding)`,
-`__call__(embeddings, cache)` and `logits(hidden)`. Shapes: B rows, T columns of this pass, S columns with the cache's,
+`__call__(embeddings, cache, first)` and `logits(hidden)`. Shapes: B rows, T columns of this pass, S columns with the cache's,
 D = n_embd, H = n_head, Dh = D / H.
 """
 
@@ -189,15 +189,16 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.resid_pdrop)
 
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
-        """x [B, T, D], mask bool [B, 1, T, S] -> [B, T, D]; the cache grows by T columns."""
-        B, T, D = x.shape
+        """x [B, T, D], mask bool [B, 1, t, S] for the last t columns -> [B, t, D]; the cache grows by T columns."""
+        B, _, D = x.shape
         run = self._run_in_training if isinstance(cache, TrainingCache) else self._run
-        out = run(self.c_attn(x), mask, cache, keys[0])  # [B, H, T, Dh]
-        out = _swap_heads_and_columns(out).reshape(B, T, D)
+        out = run(self.c_attn(x), mask, cache, keys[0])  # [B, H, t, Dh]
+        out = _swap_heads_and_columns(out).reshape(B, -1, D)
         return self.resid_dropout(self.c_proj(out), keys[1])
 
     def _run(self, qkv: mx.array, mask: mx.array, cache: LayerCache, key: mx.array | None) -> mx.array:
-        parts = mx.split(qkv, 3, axis=-1)  # q, k, v: [B, T, D] each
+        q, *rest = mx.split(qkv, 3, axis=-1)  # q, k, v: [B, T, D] each
+        parts = [q[:, -mask.shape[2] :], *rest]
         q, k, v = (_swap_heads_and_columns(part.reshape(*part.shape[:2], self.n_head, -1)) for part in parts)
         k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
         return attention(q, k, v, mask, self.attn_dropout, key)
@@ -206,8 +207,8 @@ class Attention(nn.Module):
         B, T, _ = qkv.shape
         # Split along an axis of its own, so that the backward pass writes all gradients straight into one array.
         parts = mx.split(qkv.reshape(B, T, 3, self.n_head, -1), 3, axis=2)  # [B, T, 1, H, Dh] each
-        q, k, v = (_swap_heads_and_columns(part.squeeze(2)) for part in parts)
-        return attention_in_training(q, (k, v), cache, mask, self.attn_dropout, key)
+        q, *fresh = (_swap_heads_and_columns(part.squeeze(2)) for part in parts)
+        return attention_in_training(q[:, :, -mask.shape[2] :], fresh, cache, mask, self.attn_dropout, key)
 
 
 def _swap_heads_and_columns(x: mx.array) -> mx.array:
@@ -241,7 +242,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
-        x = x + self.attn(self.ln_1(x), mask, cache, keys[:2])
+        """x [B, T, D], mask bool [B, 1, t, S] -> the last t columns [B, t, D]; the cache grows by T columns."""
+        x = x[:, -mask.shape[2] :] + self.attn(self.ln_1(x), mask, cache, keys[:2])
         return x + self.mlp(self.ln_2(x), keys[2])
 
 
@@ -268,10 +270,11 @@ class GPT2(nn.Module):
         on_this = (TrainingCache if self.training else BufferedCache) if on_gpu() else LayerCache
         return make_cache(len(self.h), attention_mask, left_padding, on_this)
 
-    def __call__(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
+    def __call__(self, embeddings: mx.array, cache: list[LayerCache], first: int = 0) -> mx.array:
         """Run one pass behind the columns of the cache, which grows by T.
 
-        embeddings [B, T, D] -> the hidden states AFTER the final layer norm [B, T, D].
+        embeddings [B, T, D] -> the hidden states AFTER the final layer norm [B, T - first, D], of the columns from
+        `first` on. The last block computes nothing but keys and values for the earlier ones.
         """
         T = embeddings.shape[1]
         positions = cache[0].offset[:, None] + mx.arange(T)  # [B, T]
@@ -283,11 +286,15 @@ class GPT2(nn.Module):
         if self.training and T == 1 and on_gpu():
             keys = self._masks_at_once(keys, mask.shape)
 
-        def call(block: Block, x: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
+        masks = [mask] * (len(self.h) - 1) + [mask[:, :, first:]]
+
+        def call(mask: mx.array, block: Block, x: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
             return block(x, mask, cache, keys)
 
-        run = partial(run_and_recompute, call) if self.grad_checkpoint and self.training else call
         for i, (block, layer_cache) in enumerate(zip(self.h, cache, strict=True)):
+            run = partial(call, masks[i])
+            if self.grad_checkpoint and self.training:
+                run = partial(run_and_recompute, run)
             x = run(block, x, layer_cache, keys[3 * i : 3 * i + 3])
         return self.ln_f(x)
 

@@ -214,15 +214,15 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
 def attention_in_training(q, fresh, cache, mask: mx.array, dropout: Dropout, key: mx.array | None) -> mx.array:
     """Training on a GPU: `attention` to all columns of a TrainingCache, after writing this pass's into it.
 
-    q [B, H, T, Dh]; fresh: this pass's keys and values, [B, H, T, Dh] each; mask bool [B, 1, T, W], W the first columns
-    that the pass may see -> [B, H, T, Dh].
+    q [B, H, t, Dh] of the last t columns; fresh: this pass's keys and values, [B, H, T, Dh] each; mask bool [B, 1, t, W],
+    W the first columns that the pass may see -> [B, H, t, Dh].
 
     The backward pass reads keys and values from the cache as the last pass has left it, so that no pass keeps its own:
     those of later passes have weight 0 in this one. Gradients of the buffers come back from pass to pass, as those of
     parameters do (`linear_in_turn`), through the cache's state.
     """
     q = _in_order(q)
-    start, n_new, width = cache.n_columns, q.shape[2], mask.shape[-1]
+    start, n_new, width = cache.n_columns, fresh[0].shape[2], mask.shape[-1]
     scale, rate = q.shape[-1] ** -0.5, dropout.rate
     keep = dropout_mask(key, (*q.shape[:3], width), rate) if rate else None
 

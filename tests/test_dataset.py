@@ -334,6 +334,22 @@ def test_labels_are_the_tokens_behind_the_thoughts_predicted_one_before(rows):
     assert batch.label_positions.max(initial=0) < batch.input_ids.size
 
 
+@PROPERTY
+@given(sequences(), st.sampled_from([1, 8]), st.booleans())
+def test_no_column_is_read_before_the_first_that_is_said_to_be(rows, multiple, labeled):
+    """Read are those before latents and labels; of a prompt, which has no labels, the last one."""
+    if not labeled:
+        rows = [row._replace(n_unlabeled=len(row.ids)) for row in rows]
+    batch = collate(rows, PAD, multiple)
+    counted = batch.label_positions[batch.label_mask > 0] % batch.input_ids.shape[1]
+    read = counted.tolist() or batch.last_column.tolist()
+    if batch.latent_mask.any():
+        read.append(batch.first_latent - 1)
+    assert 0 <= batch.first_read <= min(read)
+    assert batch.first_read > min(read) - multiple
+    assert (batch.label_positions % batch.input_ids.shape[1] >= batch.first_read).all(), "those of weight 0 too"
+
+
 @pytest.mark.skipif(on_gpu(), reason="a GPU's lengths are rounded up, so that shapes repeat")
 def test_rows_alike_are_not_padded_on_a_cpu():
     row = dataset.TrainingSequence(np.arange(11, dtype=np.int32), latent_start=5, n_latents=3, n_unlabeled=8)

@@ -132,6 +132,23 @@ def test_loss_and_gradients_equal_the_definition(shapes):
         np.testing.assert_allclose(gradient[name], value, atol=1e-5 * max(1, np.abs(value).max()), err_msg=name)
 
 
+@pytest.mark.parametrize("shapes", [MIXED, [(7, 0), (12, 0)], [(6, 4), (9, 2)]], ids=["mixed", "none", "all"])
+def test_the_last_block_computes_only_columns_that_are_read(shapes, monkeypatch):
+    """Their hidden states are the same, and its feed-forward layers see no others."""
+    seen, original = [], MLP.__call__
+    monkeypatch.setattr(MLP, "__call__", lambda self, x, key: (seen.append(x.shape[1]), original(self, x, key))[1])
+    model, batch = make_model(), make_batch(make_rows(shapes), multiple=1)
+    length = batch.input_ids.shape[1]
+    whole, _ = model.think(batch)
+    del seen[:]
+    for first in {0, 1, batch.first_read // 2, batch.first_read}:
+        hidden, cache = model.think(batch, first)
+        np.testing.assert_allclose(np.array(hidden), np.array(whole[:, first:]), atol=1e-5)
+        assert (sum(seen[::2]), sum(seen[1::2])) == (length, length - first)
+        assert all(layer.n_columns == length for layer in cache)
+        del seen[:]
+
+
 def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
     """Padded equals alone, and what stands in the padding does not matter."""
     model, rows = make_model(), make_rows()
@@ -175,9 +192,9 @@ def passes(monkeypatch) -> list:
     """Columns of each pass through the transformer, as it is made."""
     lengths, original = [], GPT2.__call__
 
-    def counted(self, embeddings, cache):
+    def counted(self, embeddings, cache, first=0):
         lengths.append(embeddings.shape[1])
-        return original(self, embeddings, cache)
+        return original(self, embeddings, cache, first)
 
     monkeypatch.setattr(GPT2, "__call__", counted)
     return lengths

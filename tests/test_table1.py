@@ -78,8 +78,8 @@ class FeedsPauses:
         self.transformer, self.passes = transformer, []
         self.embed, self.make_cache = transformer.embed, transformer.make_cache
 
-    def __call__(self, embeddings: mx.array, cache: list) -> mx.array:
-        hidden = self.transformer(embeddings, cache)
+    def __call__(self, embeddings: mx.array, cache: list, first: int) -> mx.array:
+        hidden = self.transformer(embeddings, cache, first)
         self.passes.append(hidden)
         pause = self.transformer.embed(mx.array([TOKENIZER.latent_id]))[0]
         return mx.concatenate([hidden[:, :-1], mx.broadcast_to(pause, hidden[:, -1:].shape)], axis=1)
