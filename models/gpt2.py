@@ -1,8 +1,8 @@
 """GPT-2 in MLX, with the names and the weight layout of Hugging Face's files (Conv1D: [in, out]).
 
 The thought loop calls four methods of it: `embed(ids)`, `make_cache(attention_mask, left_padding)`,
-`__call__(embeddings, cache, first)` and `logits(hidden)`. Shapes: B rows, T columns of this pass, S columns with the cache's,
-D = n_embd, H = n_head, Dh = D / H.
+`__call__(embeddings, cache, first)` and `logits(hidden)`. Shapes: B rows, T columns of this pass, of which the last
+t = T - first are wanted, S columns with the cache's, D = n_embd, H = n_head, Dh = D / H.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from models.cache import BufferedCache, LayerCache, TrainingCache, make_cache
 from models.ops import (
     Dropout,
+    LayerNorm,
     attention,
     attention_in_training,
     dropout_mask,
@@ -190,25 +191,18 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
         """x [B, T, D], mask bool [B, 1, t, S] for the last t columns -> [B, t, D]; the cache grows by T columns."""
-        B, _, D = x.shape
-        run = self._run_in_training if isinstance(cache, TrainingCache) else self._run
-        out = run(self.c_attn(x), mask, cache, keys[0])  # [B, H, t, Dh]
+        B, T, D = x.shape
+        # Split along an axis of its own, so that the backward pass writes all gradients straight into one array.
+        parts = mx.split(self.c_attn(x).reshape(B, T, 3, self.n_head, -1), 3, axis=2)  # q, k, v: [B, T, 1, H, Dh] each
+        q, k, v = (_swap_heads_and_columns(part.squeeze(2)) for part in parts)
+        q = q[:, :, -mask.shape[2] :]
+        if isinstance(cache, TrainingCache):
+            out = attention_in_training(q, (k, v), cache, mask, self.attn_dropout, keys[0])
+        else:
+            k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
+            out = attention(q, k, v, mask, self.attn_dropout, keys[0])  # [B, H, t, Dh]
         out = _swap_heads_and_columns(out).reshape(B, -1, D)
         return self.resid_dropout(self.c_proj(out), keys[1])
-
-    def _run(self, qkv: mx.array, mask: mx.array, cache: LayerCache, key: mx.array | None) -> mx.array:
-        q, *rest = mx.split(qkv, 3, axis=-1)  # q, k, v: [B, T, D] each
-        parts = [q[:, -mask.shape[2] :], *rest]
-        q, k, v = (_swap_heads_and_columns(part.reshape(*part.shape[:2], self.n_head, -1)) for part in parts)
-        k, v = cache.update_and_fetch(k, v)  # [B, H, S, Dh]
-        return attention(q, k, v, mask, self.attn_dropout, key)
-
-    def _run_in_training(self, qkv: mx.array, mask: mx.array, cache: TrainingCache, key: mx.array | None) -> mx.array:
-        B, T, _ = qkv.shape
-        # Split along an axis of its own, so that the backward pass writes all gradients straight into one array.
-        parts = mx.split(qkv.reshape(B, T, 3, self.n_head, -1), 3, axis=2)  # [B, T, 1, H, Dh] each
-        q, *fresh = (_swap_heads_and_columns(part.squeeze(2)) for part in parts)
-        return attention_in_training(q[:, :, -mask.shape[2] :], fresh, cache, mask, self.attn_dropout, key)
 
 
 def _swap_heads_and_columns(x: mx.array) -> mx.array:
@@ -236,9 +230,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array, cache: LayerCache, keys: Keys) -> mx.array:
@@ -257,7 +251,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = Dropout(config.embd_pdrop)
         self.h = [Block(config) for _ in range(config.n_layer)]
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.grad_checkpoint = False
         self._initialize()
 
@@ -273,8 +267,8 @@ class GPT2(nn.Module):
     def __call__(self, embeddings: mx.array, cache: list[LayerCache], first: int = 0) -> mx.array:
         """Run one pass behind the columns of the cache, which grows by T.
 
-        embeddings [B, T, D] -> the hidden states AFTER the final layer norm [B, T - first, D], of the columns from
-        `first` on. The last block computes nothing but keys and values for the earlier ones.
+        embeddings [B, T, D] -> the hidden states AFTER the final layer norm of the columns from `first` on [B, t, D].
+        For the earlier ones the last block computes nothing but keys and values.
         """
         T = embeddings.shape[1]
         positions = cache[0].offset[:, None] + mx.arange(T)  # [B, T]

@@ -135,9 +135,9 @@ class LanguageModel(nn.Module):
         return make_cache(len(self.lm.layers), attention_mask, left_padding)
 
     def __call__(self, embeddings: mx.array, cache: list[LayerCache], first: int = 0) -> mx.array:
-        """Run one pass behind the cache's columns: embeddings [B, T, D] -> states after the last norm [B, T - first, D].
+        """Run one pass behind the cache's columns, embeddings [B, T, D].
 
-        They are those of the columns from `first` on.
+        Returns the states after the last norm [B, T - first, D], of the columns from `first` on.
         """
         # A slice, because Gemma 3 scales its input in place, which would change the caller's array.
         return self._run(self.lm.model, embeddings[...], cache=cache)[:, first:]

@@ -107,10 +107,35 @@ def _gelu_vjp(x, cotangents, outputs):
     return cotangents[0] * _gelu_slope(x, outputs[1])
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization over the last axis, gain and bias optional (`folded_norms`)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if on_gpu():
+            return super().__call__(x)
+        normal = _normalized(x, mx.full((x.shape[-1], 1), 1 / x.shape[-1]), mx.array(self.eps))[0]
+        return normal * self.weight + self.bias if "weight" in self else normal
+
+
+@mx.custom_function
+def _normalized(x: mx.array, mean: mx.array, eps: mx.array):
+    # Products with the column `mean` take a third of the time of MLX's own means, and its norm is ten times slower.
+    centered = x - x @ mean
+    scale = mx.rsqrt((centered * centered) @ mean + eps)  # [..., 1]
+    return centered * scale, scale
+
+
+@_normalized.vjp
+def _normalized_vjp(primals, cotangents, outputs):
+    mean, (normal, scale), gradient = primals[1], outputs, cotangents[0]
+    to_x = scale * (gradient - gradient @ mean - normal * ((gradient * normal) @ mean))
+    return to_x, mx.zeros_like(mean), mx.zeros_like(primals[2])
+
+
 def linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     """x [..., in] @ weight [in, out] + bias [out], in the weight's type."""
     if weight.dtype == bias.dtype:
-        return mx.addmm(bias, x, weight)
+        return mx.addmm(bias, x, weight) if on_gpu() else x @ weight + bias  # a CPU's addmm copies the bias slowly
     return (x.astype(weight.dtype) @ weight + bias).astype(weight.dtype)
 
 
@@ -214,8 +239,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, dropout: Dr
 def attention_in_training(q, fresh, cache, mask: mx.array, dropout: Dropout, key: mx.array | None) -> mx.array:
     """Training on a GPU: `attention` to all columns of a TrainingCache, after writing this pass's into it.
 
-    q [B, H, t, Dh] of the last t columns; fresh: this pass's keys and values, [B, H, T, Dh] each; mask bool [B, 1, t, W],
-    W the first columns that the pass may see -> [B, H, t, Dh].
+    q [B, H, t, Dh] of the last t columns; fresh: this pass's keys and values, [B, H, T, Dh] each; mask bool
+    [B, 1, t, W], W the first columns that the pass may see -> [B, H, t, Dh].
 
     The backward pass reads keys and values from the cache as the last pass has left it, so that no pass keeps its own:
     those of later passes have weight 0 in this one. Gradients of the buffers come back from pass to pass, as those of
@@ -295,7 +320,7 @@ def _kept(weights: mx.array, keep: mx.array | None) -> mx.array:
 def _masked_softmax(scores: mx.array, mask: mx.array) -> mx.array:
     scores = scores + mx.where(mask, 0, LOWEST)
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    return weights / (weights @ mx.ones((weights.shape[-1], 1)))  # faster than MLX's sums
 
 
 def _softmax_vjp(outputs, dropped: mx.array, gradient: mx.array, to_weights: mx.array) -> mx.array:
