@@ -64,16 +64,15 @@ class Coconut(nn.Module):
         """
         embeddings = self.transformer.embed(batch.input_ids)  # [B, T, D]
         cache = self.transformer.make_cache(batch.attention_mask, batch.left_padding)
-        n_latents, length = batch.latent_mask.shape[1], batch.input_ids.shape[1]
+        ends = range(batch.first_latent, batch.first_latent + batch.latent_mask.shape[1])
         hidden, start = [], 0
-        for end in [*range(batch.first_latent, batch.first_latent + n_latents), length]:
-            inputs = embeddings[:, start:end]
+        for inputs in mx.split(embeddings, list(ends), axis=1):  # one more than there are latents
             if hidden:
                 is_latent = batch.latent_mask[:, len(hidden) - 1, None, None]  # [B, 1, 1]
                 thought = mx.where(is_latent, hidden[-1][:, -1:], inputs[:, :1])  # [B, 1, D]
                 inputs = mx.concatenate([thought, inputs[:, 1:]], axis=1)
             hidden.append(self.transformer(inputs, cache, max(0, first - start)))
-            start = end
+            start += inputs.shape[1]
         return mx.concatenate(hidden, axis=1), cache
 
     def __call__(self, batch: Batch) -> mx.array:
