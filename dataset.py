@@ -24,11 +24,12 @@ from utils import UserError, warn
 
 MOST_EXTRA_TOKENS = 100  # of iCoT's random extra removal
 EVERYTHING = 2**31 - 1  # as a number of tokens: more than any chain has
-# Columns and labeled tokens of a batch are rounded up to multiples: (on a CPU, on a GPU). A GPU keeps compiled
-# functions, buffers and graphs for each shape: with 32 and 512 ProsQA has 11 to 22 in an epoch, not 147. A CPU would
-# only compute more padding: 56 columns of the graphs' 47.
+# Columns and labeled tokens of a batch, and the columns that are read at its end, are rounded up to multiples: (on a
+# CPU, on a GPU). A GPU keeps compiled functions, buffers and graphs for each shape: ProsQA has 11 to 24 in an epoch so,
+# not 147. A CPU would only compute more padding: 56 columns of the graphs' 47.
 COLUMNS_MULTIPLE = (1, 32)
 LABELS_MULTIPLE = (1, 512)
+READ_MULTIPLE = (1, 256)
 
 
 class TrainingSequence(NamedTuple):
@@ -415,8 +416,9 @@ def collate(sequences: list[TrainingSequence], pad_id: int, multiple: int | None
     extra = _round_up(len(labels), LABELS_MULTIPLE[on_gpu()]) - len(labels)
     places = np.flatnonzero(labeled) - 1  # one before the token
     first_latent = first if n_latents.any() else length
-    columns = places % length if len(places) else ends - 1
-    first_read = min(first_latent - 1, int(columns.min()) // multiple * multiple)
+    first_read = min(first_latent - 1, int(np.min(places % length if len(places) else ends - 1)))
+    if first_read < first_latent - 1:
+        first_read = max(0, length - _round_up(length - first_read, READ_MULTIPLE[on_gpu()]))
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,

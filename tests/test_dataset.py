@@ -346,7 +346,7 @@ def test_no_column_is_read_before_the_first_that_is_said_to_be(rows, multiple, l
     if batch.latent_mask.any():
         read.append(batch.first_latent - 1)
     assert 0 <= batch.first_read <= min(read)
-    assert batch.first_read > min(read) - multiple
+    assert batch.first_read > min(read) - dataset.READ_MULTIPLE[on_gpu()]
     assert (batch.label_positions % batch.input_ids.shape[1] >= batch.first_read).all(), "those of weight 0 too"
 
 
