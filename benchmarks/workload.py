@@ -99,7 +99,7 @@ def count_tokens(batch: list[Row]) -> int:
 
 
 def required_flops(options: argparse.Namespace, batch: list[Row]) -> float:
-    """Count the floating-point operations that a training step requires.
+    """Count the floating-point operations of a step that computes all columns in all layers, as the peers do.
 
     6 x parameters without the embeddings x tokens, attention to the tokens that the causal mask allows, and the product
     with the vocabulary at labeled tokens.
