@@ -7,7 +7,7 @@
 
 A step is forward, backward and AdamW with dropout, as in run.py, on random weights and tokens. Prints one JSON line to
 stdout, with medians over the runs, and progress to stderr. sgemm_share is the part of the step that the
-products of all columns in all layers would take at the speed of a large one, measured just before, on each of the cores.
+products of all columns in all layers would take at a large one's speed, measured just before, on each of the cores.
 """
 
 import argparse
