@@ -538,14 +538,17 @@ def test_the_others_wait_until_rank_0_has_saved(whole, tmp_path):
     assert differences(whole, trial) == []
 
 
-def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
-    trial = GroupTrial(tmp_path / "wild", lr=1e30)
+@pytest.mark.parametrize(("minutes", "message"), [(60, "the loss is"), (0, "the validation loss is")])
+def test_a_loss_that_is_not_finite_ends_all_with_one_message(minutes, message, tmp_path):
+    """That of a step, or that before a save, which rank 0 alone computes."""
+    trial = GroupTrial(tmp_path / "wild", lr=1e30, save_interval_minutes=minutes)
     with trial.start() as launch:
         outcomes = launch.wait()
     assert [status for status, _, _ in outcomes] == [1, 1]
-    printed = "".join(out + err for _, out, err in outcomes)
-    assert printed.count("error: the loss is") == 1
-    assert "Traceback" not in printed
+    (_, _, printed), other = outcomes
+    assert printed.count("error: ") == printed.count(f"error: {message}") == 1 and "Traceback" not in printed
+    assert other == (1, "", "")
+    assert not list(trial.run_dir.glob("state_*"))
 
 
 NOT_FINITE = """
@@ -573,9 +576,31 @@ def test_a_validation_loss_that_is_not_finite_leaves_the_state_before(whole, tmp
     assert differences(whole, trial) == []
 
 
-@pytest.mark.parametrize(("file", "fact"), [("train.json", "training data"), ("trial.yaml", "configuration")])
-def test_ranks_that_read_different_files_are_an_error(file, fact, tmp_path):
+OWN_FOLDER = """
+import os, sys
+import run
+os.chdir(os.path.join(sys.argv[1], os.environ["MLX_RANK"]))
+sys.exit(run.main(["trial.yaml"]))
+"""
+
+
+@pytest.mark.parametrize(("file", "fact", "old", "new"), [
+    ("train.json", "training data", '"answer": "0"', '"answer": "9"'),
+    ("trial.yaml", "configuration", '"lr": 0.001', '"lr": 0.002'),
+])  # fmt: skip
+def test_ranks_that_read_different_files_are_an_error(file, fact, old, new, tmp_path):
     """Each rank reads its own files, which on several machines may not be the same."""
+    trial = GroupTrial(tmp_path / "0", train_path="train.json", save_path="runs")
+    shutil.copytree(trial.folder, tmp_path / "1")
+    path = tmp_path / "1" / file
+    path.write_text(path.read_text().replace(old, new))
+    (tmp_path / "own.py").write_text(OWN_FOLDER)
+    with Launch(2, tmp_path / "hosts.json", tmp_path, script=tmp_path / "own.py") as launch:
+        (status, _, err), other = launch.wait()
+    assert err.count("error: ") == err.count(f"error: at the start, these differ from rank 0: {fact} (rank 1). ") == 1
+    assert "Traceback" not in err
+    assert (status, other) == (1, (1, "", ""))
+    assert not list(trial.run_dir.glob("state_*"))
 
 
 # Runs: another number of processes
