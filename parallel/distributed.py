@@ -83,9 +83,13 @@ class Group:
         padded[: len(values)] = values
         return [one[:length] for one, length in zip(self.all_gather(padded), lengths, strict=True)]
 
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks; same on all ranks."""
+        return self.all_gather(np.array(numbers, np.int64)).max(axis=0).tolist()
+
     def any_signal(self, number: int | None) -> int | None:
         """The largest signal number that any rank received, None without one; same on all ranks."""
-        return int(self.all_gather(np.array(number or 0)).max()) or None
+        return self.largest(number or 0)[0] or None
 
     def check_equal(self, facts: dict[str, int], when: str) -> None:
         """Raise RunError on rank 0, FailedElsewhere on the others, if a fact (64 bits) differs between the ranks.

@@ -17,6 +17,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="disabled")
+# Several tests run side by side, so one thread each, here and in the processes that are started; tests of streams and
+# threads set their own numbers. There are hundreds of starts: what the first one compiles, the others load.
+os.environ.update(OPENBLAS_NUM_THREADS="1", COCONUT_STREAMS="1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from startup import blas, settings  # noqa: F401  before mlx
 import mlx.core as mx
@@ -24,6 +28,8 @@ import mlx.core as mx
 import run as run_module
 from parallel.streams import on_gpu, use_streams
 from text.tokenizer import dump_tiktoken, load_tokenizer
+from training import trainer
+from training.curves import keep_curves
 
 settings.exact_products()
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup: the runs that are started inherit it
@@ -44,6 +50,22 @@ def computing_on_cpu():
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(device)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unpictured():
+    """Runs in this process draw no curves.png, which takes half of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "keep_curves", lambda run_dir: None)
+        yield
+
+
+@contextmanager
+def pictures():
+    """Runs in this process draw curves.png all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "keep_curves", keep_curves)
+        yield
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from survival import UNPICTURED
+
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"COCONUT_STREAMS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"PYTHONPATH": f"{UNPICTURED}:{ROOT}"}
 
 
 def free_ports(n: int) -> list[int]:

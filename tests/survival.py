@@ -5,6 +5,7 @@ The long version, a table over all settings: `python tests/survival.py --rounds 
 
 import argparse
 import json
+import os
 import random
 import re
 import signal
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+UNPICTURED = ROOT / "tests" / "unpictured"
 MODEL = {"model_type": "gpt2", "n_positions": 96, "n_embd": 32, "n_layer": 2, "n_head": 2}
 TIMES = (
     "eval/seconds_per_example",
@@ -64,7 +66,8 @@ class Trial:
 
     def start(self) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / "run.py"), str(self.folder / "trial.yaml")]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, **pipes, cwd=self.folder, env=os.environ | {"PYTHONPATH": str(UNPICTURED)})
 
     def finish(self) -> float:
         """Run to the end without a kill; returns the seconds it took."""

@@ -1,5 +1,6 @@
 """benchmarks/: the commands print the documented fields, and the peer computes the same as this project."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -132,11 +133,25 @@ def test_the_peer_decodes_our_tokens(peer, models):
     assert peer.lean_generate(theirs, rows, 6, eos_id=7) == expected
 
 
-def test_the_peer_is_measured(peer):
-    for script in ("train_step.py", "generate.py"):
-        result = measured(script, "--peer", "--lean-peer", "--latents", "1")
-        for name in ("peer", "lean_peer"):
-            assert {f"{name}_seconds", f"ratio_to_{name}", f"ratio_to_{name}_of_pairs"} <= result.keys()
+@pytest.mark.parametrize(("script", "side"), [("train_step.py", "lean_peer"), ("generate.py", "peer")])
+def test_the_peer_is_measured(script, side, peer):
+    result = measured(script, f"--{side.replace('_', '-')}", "--latents", "1")
+    assert {f"{side}_seconds", f"ratio_to_{side}", f"ratio_to_{side}_of_pairs"} <= result.keys()
+
+
+@pytest.mark.parametrize("side", ["peer", "lean_peer"])
+@pytest.mark.parametrize("script", ["train_step", "generate"])
+def test_each_side_of_the_peer_works(script, side, peer, monkeypatch, capsys):
+    """Asked for two runs; in this process, because torch and transformers take five seconds to import."""
+    words = ["--examples", "3", "--new-tokens", "2"] if script == "generate" else []
+    monkeypatch.setattr(sys, "argv", [script, *TINY, "--latents", "1", *words, "--worker", side])
+    monkeypatch.setattr(sys, "stdin", ["run", "run"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a worker changes it
+    importlib.import_module(script).main()
+    ready, *runs, facts = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ready == {} and len(runs) == 2
+    assert all(run["seconds"] > 0 and ("loss" in run) == (script == "train_step") for run in runs)
+    assert facts.keys() == {"torch", "peak_rss_gb"}
 
 
 def test_a_gpu_is_checked_against_the_cpu():

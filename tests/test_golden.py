@@ -99,8 +99,9 @@ def our_column(official: dict, batch, row: int, column: int) -> int:
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
-def test_training_is_the_official_one(name, golden, golden_model, gpt2_vocabulary, tmp_path, call_main):
-    """Every epoch's training and validation loss of a whole run; debug only leaves out writing checkpoints.
+def test_training_is_the_official_one(name, golden, golden_model, gpt2_vocabulary, tmp_path, call_main, monkeypatch):
+    """Every epoch's training and validation loss of a whole run, on two streams; debug only leaves out writing
+    checkpoints.
 
     Where the optimizer is new every epoch each step is nearly a sign step, and noise of 1e-7 on the weights moves the
     official losses themselves by 2e-4 (tests/fixtures/golden/README.md).
@@ -113,6 +114,7 @@ def test_training_is_the_official_one(name, golden, golden_model, gpt2_vocabular
     keys |= {case["method"]: True, "max_new_tokens": 2, "debug": True}
     yaml_file = tmp_path / "config.yaml"
     yaml_file.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    monkeypatch.setenv("COCONUT_STREAMS", "2")
 
     outcome = call_main(yaml_file)
     assert outcome.status == 0, outcome.err

@@ -81,15 +81,26 @@ def test_a_resumed_run_is_the_same_run(write, tmp_path, call_main):
     assert one.keys() == other.keys() and all(mx.array_equal(one[key], other[key]).item() for key in one)
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_rank": 4}])
-def test_two_processes_are_one(write, tmp_path, call_main, lora):
-    assert call_main(write(name="alone", **lora)).status == 0
-    file = write(name="both", batch_size_training=4, **lora)
-    with Launch(2, tmp_path / "hosts.json", file) as launch:
+IN_TURN = """
+import os, sys
+import run
+group = run.join(os.environ)
+run.join = lambda environment: group
+sys.exit(max([run.main([config]) for config in sys.argv[1:]]))
+"""
+
+
+def test_two_processes_are_one(write, tmp_path, call_main):
+    """The whole model and adapters, in turn, because each start imports mlx-lm and transformers for seconds."""
+    (tmp_path / "in_turn.py").write_text(IN_TURN)
+    methods = {"whole": {}, "adapters": {"lora_rank": 4}}
+    files = [write(name=f"{name}-both", batch_size_training=4, **keys) for name, keys in methods.items()]
+    with Launch(2, tmp_path / "hosts.json", *files, script=tmp_path / "in_turn.py") as launch:
         outcomes = launch.wait()
     assert [status for status, _, _ in outcomes] == [0, 0], outcomes
-    found, expected = (losses(tmp_path / "runs" / name) for name in ("both", "alone"))
-    assert found == pytest.approx(expected, rel=1e-5)
+    for name, keys in methods.items():
+        assert call_main(write(name=name, **keys)).status == 0
+        assert losses(tmp_path / "runs" / f"{name}-both") == pytest.approx(losses(tmp_path / "runs" / name), rel=1e-5)
 
 
 def test_a_dry_run_writes_nothing(write, tmp_path, call_main):

@@ -117,7 +117,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
 
 def test_a_cpu_time_limit_is_no_second_signal(tmp_path):
     """The kernel repeats SIGXCPU in every second past the soft limit, also while a step is computed."""
-    loop = "while time.process_time() < 3.5:\n  pass\n stop.check()"
+    loop = "while time.process_time() < 2.5:\n  pass\n stop.check()"
     limit = "import resource, time\nresource.setrlimit(resource.RLIMIT_CPU, (1, 60))\n"
     done = signalled(f"{limit}with utils.StopSignals() as stop:\n {loop}", tmp_path)
     assert done.returncode == 1 and f"stopped by signal {signal.SIGXCPU:d}" in done.stderr

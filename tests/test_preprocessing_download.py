@@ -246,7 +246,7 @@ def test_gsm_stopped_in_the_middle_of_a_download(here, server, sent, status):
     started = time.monotonic()
     process.send_signal(sent)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == status and time.monotonic() - started < 5  # without waiting for the download
+    assert process.returncode == status and time.monotonic() - started < 15  # the download takes 20
     assert "interrupted" in err and "Traceback" not in err
     assert names(here) == []
     server.stall = False

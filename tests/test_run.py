@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, tiny_item
+from conftest import ROOT, pictures, tiny_item
 
 from coconut import Coconut
 from config import FIELDS, load_config
@@ -61,7 +61,8 @@ def without_time(records: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(shared_tiny, call_main):
     """A coconut run of three epochs in three stages: (its Tiny, what it printed)."""
-    outcome = call_main(shared_tiny.config(num_epochs=3, gradient_accumulation_steps=2))
+    with pictures():
+        outcome = call_main(shared_tiny.config(num_epochs=3, gradient_accumulation_steps=2))
     assert outcome.status == 0, outcome.err
     return shared_tiny, outcome
 
@@ -235,7 +236,8 @@ def test_the_other_methods_run_too(method, tiny, call_main):
 
 def test_debug_limits_the_data_and_keeps_no_checkpoints(tiny, call_main):
     valid = tiny.write("many.json", [tiny_item(a, 2, 1) for a in range(1, 40)])
-    outcome = call_main(tiny.config(debug=True, num_epochs=1, val_path=valid))
+    with pictures():
+        outcome = call_main(tiny.config(debug=True, num_epochs=1, val_path=valid))
     assert outcome.status == 0, outcome.err
     written = {"config.yaml", "metrics.jsonl", "first_batch.txt", "curves.png", "predictions_1.jsonl"}
     assert names(tiny.runs / "tiny") == written
@@ -310,7 +312,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tiny, call_main):
     keys = {"gradient_accumulation_steps": 2, "train_path": finished[0].train, "val_path": finished[0].valid}
     keys |= {"tokenizer": finished[0].words, "model_config_path": finished[0].model}
     assert call_main(tiny.config(num_epochs=2, **keys)).status == 0
-    outcome = call_main(tiny.config(num_epochs=3, **keys))
+    with pictures():
+        outcome = call_main(tiny.config(num_epochs=3, **keys))
     assert outcome.status == 0, outcome.err
     assert "epoch 3" in outcome.out
     assert "num_epochs: was 2, is 3" in outcome.out
@@ -641,7 +644,8 @@ def test_an_icot_run_logs_what_is_due_and_is_planned_in_few_lines(tiny, call_mai
         "  epochs 1 to 3: 0 to 27 tokens of each chain removed, 6 steps",
         "  epoch 4: the whole chain removed, 2 steps",
     ]
-    outcome = call_main(config)
+    with pictures():
+        outcome = call_main(config)
     assert outcome.status == 0, outcome.err
     records = tiny.records()
     assert [r["stage"] for r in records if "train/loss" in r] == [0, 6, 12, 18, 24, 27, 27, 27]

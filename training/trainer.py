@@ -159,18 +159,23 @@ class Trainer:
     def _save_if_due(self) -> None:
         """Save the state at the epoch's end, every save_interval_minutes, and before a stop."""
         is_last = self.state.step == self.run.steps_per_epoch
-        is_due = time.monotonic() - self.last_save >= 60 * self.config.save_interval_minutes
-        signal = self.group.any_signal(self.stop.requested)
-        if (is_last or is_due or signal) and self.writes:
-            self._check_finite()
-            self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
-            metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
-            self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
-            self._drop_older_states()
+        is_due = is_last or time.monotonic() - self.last_save >= 60 * self.config.save_interval_minutes
+        signal, is_due = self.group.largest(self.stop.requested or 0, is_due)  # the ranks' clocks differ
+        if is_due or signal:
+            self.group.agree(self._spoiled() if self.writes else None)
+            if self.writes:
+                self._save(is_last)
             self.last_save = time.monotonic()
         if signal:
             self.group.barrier()  # the first rank to exit ends the others
             raise Stopped(signal)
+
+    def _save(self, is_last: bool) -> None:
+        """Write the state; it replaces the one before. is_last: behind the epoch's last step."""
+        self.state.metrics_bytes, self.state.metrics_crc32 = self.metrics.sync()
+        metadata = self.run.metadata(self.state.epoch + is_last, self.stage)
+        self.state_folder = checkpoint.save_state(self.run.model, self.optimizer, self.state, metadata)
+        self._drop_older_states()
 
     def _drop_older_states(self) -> None:
         """Remove the states before the newest one; at an epoch's end only behind its validation loss."""
@@ -202,21 +207,20 @@ class Trainer:
         found = [p.name for p in resume.find_states(self.run.directory) if p.name.startswith(of_this_epoch)]
         return f". If it stops here again, remove {found[0]}, from the middle of this epoch" if found else ""
 
-    def _check_finite(self) -> None:
-        """Raise RunError where the weights are of no use, before they replace the last good state.
+    def _spoiled(self) -> RunError | None:
+        """What is wrong with weights that are of no use, found before they replace the last good state.
 
         The loss of a step is that before its update, so what the last update did shows only here. Finite weights can
         be so large that the loss is not: it is computed on the first validation batch.
         """
         place = f"after epoch {self.state.epoch + 1}, step {self.state.step - 1}"
         if not is_finite([self.run.model.parameters(), self.optimizer.state]):
-            raise diverged(f"the weights or the optimizer's moments are not finite {place}")
+            return diverged(f"the weights or the optimizer's moments are not finite {place}")
         batch = next(loss_batches(self.run.valid.tokens, self.curriculum, self.state.epoch))
         self.run.model.eval()
         with computing_in(self.run.model, compute_dtype(self.config.bf16)):
             loss = self.run.model(batch.to_mlx()).item()
-        if not math.isfinite(loss):
-            raise diverged(f"the validation loss is {loss} {place}")
+        return None if math.isfinite(loss) else diverged(f"the validation loss is {loss} {place}")
 
     def _stop_if_asked(self) -> None:
         if signal := self.group.any_signal(self.stop.requested):
