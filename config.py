@@ -109,7 +109,9 @@ class Config:
     model_id: str | None = key("Hugging Face model id or local folder to start from, e.g. openai-community/gpt2", None)
     model_revision: str | None = key("revision (branch, tag or commit) of model_id on the Hub", None)
     load_model_path: str | None = key("checkpoint to start from or to evaluate (folder, .safetensors, .npz)", None)
-    model_config_path: str | None = key("GPT-2's config.json; with no weights named, a fresh model of that size", None)
+    model_config_path: str | None = key(
+        "GPT-2's config.json; with no weights named, a fresh model of that size and the vocabulary's rows", None
+    )
     initializer_range: float | None = key("spread of fresh weights; where None, the model config's", None, at_least=0)
     embedding_range: float | None = key("spread of fresh token embeddings; where None, as initializer_range", None, 0)
     sinusoidal_positions: float | None = key(

@@ -70,9 +70,7 @@ def test_a_picture_shows_both_below_one_another(saved, tmp_path, monkeypatch):
     assert [figure.get_suptitle() for figure in drawn] == [f"{folder} (Coconut)", f"{control} (Pause as thought)"]
     upper, lower = (figure.bbox for figure in drawn)
     assert upper.y0 >= lower.y1 and upper.x0 == lower.x0
-    assert [panel.get_ylim() for figure in drawn for panel in figure.get_children() if panel in figure.axes] == [
-        (0, 2)
-    ] * 2
+    assert [panel.get_ylim() for figure in drawn for panel in figure.axes] == [(0, 2), (0, 2)]
 
 
 @pytest.mark.parametrize("layout", ["lines", "compact"])
