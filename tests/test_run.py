@@ -23,7 +23,7 @@ from models.recompute import run_and_recompute
 from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
-from training import resume, setup, step, trainer
+from training import evaluation, resume, setup, step, trainer
 from utils import Stopped
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
@@ -884,10 +884,24 @@ def test_an_evaluation_that_is_not_finite_is_not_logged(finished, tiny, call_mai
     tensors = mx.load(str(finished[0].runs / "tiny" / "checkpoint_1" / "model.safetensors"))
     tensors["transformer.ln_f.weight"] *= 1e38
     mx.save_safetensors(str(tiny.folder / "large.safetensors"), tensors)
-    outcome = call_main(tiny.config(only_eval=True, load_model_path=tiny.folder / "large.safetensors"))
-    assert outcome.status == 1
-    assert re.search(r"error: the validation loss of .*valid.json is (nan|inf)", outcome.err)
-    assert (tiny.runs / "tiny" / "metrics.jsonl").read_text() == ""
+    keys = {"only_eval": True, "load_model_path": tiny.folder / "large.safetensors"}
+    for folder_was_there in (False, True):
+        outcome = call_main(tiny.config(**keys))
+        assert outcome.status == 1
+        assert re.search(r"error: the validation loss of .*valid.json is (nan|inf)", outcome.err)
+        assert not folder_was_there or {path.name for path in (tiny.runs / "tiny").iterdir()} == {".lock"}
+        assert folder_was_there or not tiny.runs.exists()
+        (tiny.runs / "tiny").mkdir(parents=True, exist_ok=True)
+
+
+def test_an_evaluation_that_is_stopped_leaves_nothing(finished, tiny, call_main, monkeypatch):
+    def stop(*_):
+        raise Stopped(2)
+
+    monkeypatch.setattr(evaluation.Evaluator, "answers", stop)
+    keys = {"only_eval": True, "load_model_path": finished[0].runs / "tiny" / "checkpoint_3"}
+    assert call_main(tiny.config(**keys)).status == 130
+    assert not tiny.runs.exists()
 
 
 def test_an_error_in_decoding_is_not_a_wrong_answer(tiny, call_main, monkeypatch):
