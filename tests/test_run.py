@@ -305,6 +305,16 @@ def test_a_run_without_checkpoints_starts_over_and_writes_its_metrics_anew(tiny,
     assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1]
 
 
+def test_a_run_under_the_name_of_a_debug_run_leaves_nothing_of_that(tiny, call_main):
+    assert call_main(tiny.config(debug=True, num_epochs=3, lr=5e-3)).status == 0
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    assert call_main(tiny.config(num_epochs=1, name="fresh")).status == 0
+    folder, fresh = tiny.runs / "tiny", tiny.runs / "fresh"
+    assert names(folder) == names(fresh) and "predictions_1.jsonl" in names(folder)
+    assert (folder / "predictions_1.jsonl").read_bytes() == (fresh / "predictions_1.jsonl").read_bytes()
+    assert without_time(tiny.records()) == without_time(tiny.records("fresh"))
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tiny, call_main):
     """Two epochs, then the same command with three: the same weights bit by bit, the same records."""
     keys = {"gradient_accumulation_steps": 2, "train_path": finished[0].train, "val_path": finished[0].valid}

@@ -124,6 +124,8 @@ class Trainer:
         if state.metrics_bytes:
             self.metrics.check(state.metrics_bytes, state.metrics_crc32)
         self.metrics.rewind(state.epoch * self.run.steps_per_epoch + state.step, state.epoch)
+        if self.group.is_main:
+            drop_later_predictions(self.run.directory, state.epoch)
 
     def _resets_optimizer(self) -> bool:
         """Whether a new optimizer is made before the next step.
@@ -345,6 +347,14 @@ def predictions_path(directory: Path, epochs_done: int, about: dict) -> Path:
     """predictions_{epochs_done}.jsonl; another name where that file is about other data or another checkpoint."""
     names = (f"predictions_{epochs_done}{f'_{n}' if n > 1 else ''}.jsonl" for n in itertools.count(1))
     return next(directory / name for name in names if _is_free(directory / name, about))
+
+
+def drop_later_predictions(directory: Path, epochs_done: int) -> None:
+    """Remove predictions of epochs behind a start's place, as MetricLog.rewind does: of a debug run, for example."""
+    for path in directory.glob("predictions_*.jsonl"):
+        epoch = path.stem.removeprefix("predictions_")
+        if epoch.isdecimal() and int(epoch) > epochs_done:
+            path.unlink()
 
 
 def _is_free(path: Path, about: dict) -> bool:
