@@ -429,9 +429,6 @@ def _check_adapters(values: dict, problems: list[str]) -> None:
     given = [name for name in ("lora_keys", "quantize", "lora_dropout") if values.get(name)]
     if given and not values.get("lora_rank") and not values.get("only_eval"):
         problems.append(f"{', '.join(given)}: no effect without lora_rank")
-    if values.get("lora_dropout") and values.get("grad_checkpoint"):
-        # mlx-lm's adapters draw their dropout from MLX's random state, and the second pass would draw another.
-        problems.append("lora_dropout: not together with grad_checkpoint, which would compute wrong gradients")
 
 
 def _check_method(values: dict, problems: list[str]) -> None:
