@@ -22,7 +22,9 @@ from utils import UserError, read_file
 REQUIRED = "(required)"
 LARGEST = 10**9  # of whole numbers but the seed: products of a few of them fit into 64 bits
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux; macOS allows fewer in a path
-SAVED_FOLDER = re.compile(r"checkpoint_\d+|state_\d+_\d+")  # removed with all that is in it
+# What a run saves; removed with all that is in it
+CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
+STATE = re.compile(r"^state_(\d+)_(\d+)$")
 NULL = "tag:yaml.org,2002:null"
 PATH_KEYS = {  # `~` and environment variables are expanded in these
     "save_path", "model_id", "load_model_path", "model_config_path", "tokenizer", "train_path", "val_path",
@@ -399,7 +401,7 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     name = values.get("name") or "run"
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
         problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
-    if any(SAVED_FOLDER.fullmatch(part) for part in name.split(os.sep)):
+    if any(CHECKPOINT.match(part) or STATE.match(part) for part in name.split(os.sep)):
         problems.append(f"name: expected another one, found {name!r}; a run calls its saved folders so")
     _check_method(values, problems)
     _check_adapters(values, problems)
