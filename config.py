@@ -22,7 +22,9 @@ from utils import UserError, read_file
 REQUIRED = "(required)"
 LARGEST = 10**9  # of whole numbers but the seed: products of a few of them fit into 64 bits
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux; macOS allows fewer in a path
-SAVED_FOLDER = re.compile(r"checkpoint_\d+|state_\d+_\d+")  # removed with all that is in it
+# What a run saves; removed with all that is in it
+CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
+STATE = re.compile(r"^state_(\d+)_(\d+)$")
 NULL = "tag:yaml.org,2002:null"
 PATH_KEYS = {  # `~` and environment variables are expanded in these
     "save_path", "model_id", "load_model_path", "model_config_path", "tokenizer", "train_path", "val_path",
@@ -109,7 +111,9 @@ class Config:
     model_id: str | None = key("Hugging Face model id or local folder to start from, e.g. openai-community/gpt2", None)
     model_revision: str | None = key("revision (branch, tag or commit) of model_id on the Hub", None)
     load_model_path: str | None = key("checkpoint to start from or to evaluate (folder, .safetensors, .npz)", None)
-    model_config_path: str | None = key("GPT-2's config.json; with no weights named, a fresh model of that size", None)
+    model_config_path: str | None = key(
+        "GPT-2's config.json; with no weights named, a fresh model of that size and the vocabulary's rows", None
+    )
     initializer_range: float | None = key("spread of fresh weights; where None, the model config's", None, at_least=0)
     embedding_range: float | None = key("spread of fresh token embeddings; where None, as initializer_range", None, 0)
     sinusoidal_positions: float | None = key(
@@ -397,7 +401,7 @@ def _check_combinations(values: dict, problems: list[str]) -> None:
     name = values.get("name") or "run"
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
         problems.append(f"name: expected a folder inside save_path, found {name!r}; save_path says where that is")
-    if any(SAVED_FOLDER.fullmatch(part) for part in name.split(os.sep)):
+    if any(CHECKPOINT.match(part) or STATE.match(part) for part in name.split(os.sep)):
         problems.append(f"name: expected another one, found {name!r}; a run calls its saved folders so")
     _check_method(values, problems)
     _check_adapters(values, problems)
@@ -427,9 +431,6 @@ def _check_adapters(values: dict, problems: list[str]) -> None:
     given = [name for name in ("lora_keys", "quantize", "lora_dropout") if values.get(name)]
     if given and not values.get("lora_rank") and not values.get("only_eval"):
         problems.append(f"{', '.join(given)}: no effect without lora_rank")
-    if values.get("lora_dropout") and values.get("grad_checkpoint"):
-        # mlx-lm's adapters draw their dropout from MLX's random state, and the second pass would draw another.
-        problems.append("lora_dropout: not together with grad_checkpoint, which would compute wrong gradients")
 
 
 def _check_method(values: dict, problems: list[str]) -> None:

@@ -11,7 +11,8 @@ back, which computes thought k + 1; analysis.edges shows which edges that takes,
 For the set it prints how much of its attention a place spends on the question, the thoughts and itself, by layer, as a
 mean over heads and items. "first token" is the place that predicts the first token of the answer: the end marker, or
 without special tokens the last thought. That token is mostly the mark ###, so "answer" is the place of ### behind the
-prompt, which predicts the answer itself. Pauses count as thoughts. Writes attention.jsonl (settings in the first line,
+prompt, which predicts the answer itself. Pauses count as thoughts. --control looks at a second checkpoint in the same
+way. Writes attention.jsonl (settings in the first line,
 then the map's rows, then one line for each item, place and layer) and attention.png.
 """
 
@@ -25,7 +26,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from startup import blas  # noqa: F401  before mlx
@@ -33,13 +33,15 @@ from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
 
+from analysis.beside import Part, control_parser, open_places, require_item, save, say_reports
 from analysis.intervals import bootstrap, mean
-from analysis.probing import Probe, analysis_parser, facts, open_checkpoint, prompt_batch, write_records
+from analysis.pictures import draw_cells, draw_lines
+from analysis.probing import Probe, facts, open_checkpoint, prompt_batch
 from analysis.recording import record, require_gpt2
 from coconut import Batch
 from dataset import Data, collate
 from text.tokens import TokenExample
-from utils import Progress, UserError, exit_status, markdown_table, say
+from utils import Progress, UserError, exit_status, markdown_table
 
 BATCH = 20  # prompts at a time: the weights of a layer take B * H * T * T numbers
 PLACES = ("first token", "answer")  # what they predict
@@ -160,13 +162,12 @@ def records(data: Data, found: dict[str, np.ndarray], item: int, shown: Map) -> 
                 yield {"idx": int(index), "predicts": place, "layer": layer, **kinds}
 
 
-def draw(found: dict[str, np.ndarray], item: int, shown: Map, path: Path) -> None:
-    """Write the picture: attention by layer, and below it the maps of the item."""
-    from analysis.pictures import save_figure
-
+def part(found: dict[str, np.ndarray], item: int, shown: Map) -> Part:
+    """The picture: attention by layer, and below it the maps of the item."""
     n_layers, n_rows, n_columns = shown.weights.shape
     down, height = -(-n_layers // 2), 1.2 + 0.28 * n_rows
-    with save_figure(path, figsize=(4.4 + 0.72 * n_columns, 2.8 + down * height)) as figure:
+
+    def draw(figure) -> list:
         above, below = figure.subfigures(2, 1, height_ratios=[2.8, down * height])
         for panel, (place, values) in zip(above.subplots(1, 2), found.items(), strict=True):
             draw_masses(panel, values, _kinds(found))
@@ -177,12 +178,13 @@ def draw(found: dict[str, np.ndarray], item: int, shown: Map, path: Path) -> Non
             panel.set_title(f"item {item}, layer {layer}", fontsize=10)
         for panel in below.axes[n_layers:]:
             panel.set_axis_off()
+        return []
+
+    return Part(4.4 + 0.72 * n_columns, 2.8 + down * height, draw)
 
 
 def draw_masses(panel, values: np.ndarray, kinds: list[str]) -> None:
     """Mean attention [n, L, 5] by layer with its interval, a line for each kind."""
-    from analysis.pictures import draw_lines
-
     ones = np.ones(len(values))
     lines = {
         kind: {
@@ -198,8 +200,6 @@ def draw_masses(panel, values: np.ndarray, kinds: list[str]) -> None:
 
 def draw_map(panel, shown: Map, weights: np.ndarray) -> None:
     """The map of one layer; weights [rows, columns]."""
-    from analysis.pictures import draw_cells
-
     texts = [[f"{w:.1f}" if w >= 0.05 else "" for w in row] for row in weights]
     names = [ascii(name)[1:-1] if len(name) <= 14 else f"{ascii(name)[1:12]}..." for name in shown.columns]
     draw_cells(panel, weights, texts, [ascii(name)[1:-1] for name in shown.rows], names)
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = analysis_parser("analysis.attention", __doc__)
+    parser = control_parser("analysis.attention", __doc__)
     parser.add_argument("--item", type=int, default=0, help="the item whose maps are drawn (default 0)")
     heads = parser.add_mutually_exclusive_group()
     heads.add_argument("--head", type=int, help="show this head, from 0 (default: the mean over all)")
@@ -225,25 +225,23 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the lines and the picture."""
-    probe = open_checkpoint(options.checkpoint, options.tokenizer)
-    require_gpt2(probe.model, options.checkpoint)
-    n_heads = probe.model.transformer.config.n_head
+    subjects = open_places(options, open_checkpoint(options.checkpoint, options.tokenizer))
+    for one in subjects:
+        require_gpt2(one.probe.model, one.path)
+    n_heads = min(one.probe.model.transformer.config.n_head for one in subjects)
     if options.head is not None and not 0 <= options.head < n_heads:
         raise UserError(f"--head {options.head}: expected 0 to {n_heads - 1}, the heads of this model")
-    data = probe.data(options.data)
-    count = min(len(data), options.items or len(data))
-    found_item = np.flatnonzero(data.indices[:count] == options.item)
-    if not len(found_item):
-        raise UserError(f"--item {options.item}: not among the {count:,} items that were looked at")
+    require_item(subjects, options.item)
     over_heads = options.head if options.head is not None else "sum" if options.sum else "mean"
-    found = masses(probe, data, count, probe.n_thoughts)
-    shown = attention_map(probe, data.tokens[int(found_item[0])], probe.n_thoughts, over_heads)
-    say("\n".join(table(found)))
-    told = {"command": "attention", "checkpoint": options.checkpoint, "data": options.data, "items": count}
-    told |= {"heads in the map": over_heads, "thoughts": probe.n_thoughts}
-    write_records(options.out / "attention.jsonl", told, records(data, found, options.item, shown))
-    draw(found, options.item, shown, options.out / "attention.png")
-    say(f"written: {options.out / 'attention.jsonl'}, {options.out / 'attention.png'}")
+    n_thoughts, place = subjects[0].probe.n_thoughts, subjects[0].indices.index(options.item)
+    found = [masses(one.probe, one.data, one.count, n_thoughts) for one in subjects]
+    shown = [attention_map(one.probe, one.data.tokens[place], n_thoughts, over_heads) for one in subjects]
+    say_reports(subjects, map(table, found))
+    told = {"heads in the map": over_heads, "thoughts": n_thoughts}
+    both = list(zip(found, shown, strict=True))
+    lines = [records(one.data, own, options.item, maps) for one, (own, maps) in zip(subjects, both, strict=True)]
+    parts = [part(own, options.item, maps) for own, maps in both]
+    save(subjects, options.out / "attention", told, lines, parts)
 
 
 if __name__ == "__main__":

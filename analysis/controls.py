@@ -46,6 +46,7 @@ from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
 
+from analysis.beside import Subject, control_parser, open_subjects, say_reports
 from analysis.changes import Answers, Change, answer, mcnemar, records
 from analysis.conditions import (
     CONDITIONS,
@@ -61,7 +62,7 @@ from analysis.conditions import (
 )
 from analysis.intervals import bootstrap
 from analysis.pictures import draw_points, save_figure
-from analysis.probing import Probe, all_thoughts, analysis_parser, open_checkpoint, open_thinking, write_records
+from analysis.probing import Probe, all_thoughts, open_thinking, write_records
 from dataset import Data
 from parallel.streams import use_streams
 from training.evaluation import read_answer, wilson
@@ -87,10 +88,9 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = analysis_parser("analysis.controls", __doc__)
+    parser = control_parser("analysis.controls", __doc__)
     parser.add_argument("--mode", choices=("loop", "patched"), default="loop", help="default loop")
     parser.add_argument("--seed", type=int, default=0, help="seed of noise, orders and partners (default 0)")
-    parser.add_argument("--control", help="a second checkpoint, which answers the same items")
     parser.add_argument("--means", help=f"the set whose first {MOST_FOR_MEANS:,} items give the means by place")
     parser.add_argument("--by-place", action="store_true", help="also noise in the first, last and single places")
     options = parser.parse_args(arguments)
@@ -102,17 +102,10 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def control(options: argparse.Namespace) -> None:
     """Answer all items under each condition, print the tables, and write the lines and the picture."""
     use_streams("1")
-    probes = {options.checkpoint: open_thinking(options)}
-    if options.control:
-        probes[options.control] = open_checkpoint(options.control, options.tokenizer)
-    sets = {path: probe.data(options.data) for path, probe in probes.items()}
-    count = min(min(map(len, sets.values())), options.items or sys.maxsize)
-    data = sets[options.checkpoint]
-    if any((own.indices[:count] != data.indices[:count]).any() for own in sets.values()):
-        raise UserError(f"{options.data}: the two models leave out different items, so they cannot be compared")
-    measured = [measure(path, probe, sets[path], count, options) for path, probe in probes.items()]
-    for one in measured:
-        say("\n".join(report(one, data, count)))
+    subjects = open_subjects(options, open_thinking(options))
+    measured = [measure(one, options) for one in subjects]
+    data, count = subjects[0].data, subjects[0].count
+    say_reports(subjects, (report(one, data) for one in measured))
     if options.control:
         say(compare(*measured))
     settings = {name: getattr(options, name) for name in ("checkpoint", "control", "data", "mode", "seed", "means")}
@@ -129,8 +122,9 @@ def control(options: argparse.Namespace) -> None:
     say(f"written: {options.out / 'controls.jsonl'}, {options.out / 'controls.png'}")
 
 
-def measure(path: str, probe: Probe, data: Data, count: int, options: argparse.Namespace) -> Measured:
-    """The first `count` items under every condition that exists for this model."""
+def measure(subject: Subject, options: argparse.Namespace) -> Measured:
+    """A subject's items under every condition that exists for its model."""
+    path, probe, data, count = subject
     k = probe.n_thoughts
     found = {"none": [answer(probe, data, count, k)]}
     if not k:
@@ -228,7 +222,7 @@ def _shown(hits: np.ndarray) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(*interval(hits))
 
 
-def report(one: Measured, data: Data, count: int) -> list[str]:
+def report(one: Measured, data: Data) -> list[str]:
     """A model's table with a Markdown row for each condition, what was left out, and the variance of its thoughts."""
     clean = one.found["none"][0]
     rows = [[name, *row(draws, clean, _answers_of(one.donors.get(name), data))] for name, draws in one.found.items()]
@@ -237,7 +231,7 @@ def report(one: Measured, data: Data, count: int) -> list[str]:
     below = [f"left out: {name}, because {why}" for name, why in one.left_out.items()]
     if one.variance:
         below.append("variance of the thoughts: place {:.1f} %, item {:.1f} %, residual {:.1f} %".format(*one.variance))
-    return ["", f"{one.checkpoint}, {count:,} items", "", *markdown_table(head, rows), *below]
+    return [*markdown_table(head, rows), *below]
 
 
 def _answers_of(donors: np.ndarray | None, data: Data) -> list[str] | None:

@@ -10,7 +10,8 @@ nested, each holds the next, so the table has their differences too: reachable o
 edges; their intervals draw items again, because edges of one item share one sum.
 
 It also prints how much the separator of an edge looks at its own source and target in the first layer: whether that
-layer gathers edges (2505.12514, section 4).
+layer gathers edges (2505.12514, section 4). --control looks at a second checkpoint in the same way: in a model with
+pauses, at the places in which Coconut computes its thoughts.
 
 This is a command of its own, and not part of analysis.frontier, because it looks at the edges of the question while
 thoughts are made, with a run for each number of thoughts; frontier looks at nodes in finished thoughts. Writes
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from startup import blas  # noqa: F401  before mlx
@@ -33,13 +35,15 @@ from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
 
+from analysis.beside import Part, control_parser, open_places, save, say_reports
 from analysis.graphs import Graph, read_graphs
 from analysis.intervals import bootstrap, mean
-from analysis.probing import Probe, analysis_parser, facts, open_thinking, prompt_batch, write_records
+from analysis.pictures import draw_lines
+from analysis.probing import Probe, facts, open_thinking, prompt_batch
 from analysis.recording import record, require_gpt2
 from dataset import Data
 from text.tokens import TokenExample
-from utils import Progress, UserError, exit_status, markdown_table, say
+from utils import Progress, UserError, exit_status, markdown_table
 
 BATCH = 50  # prompts at a time
 NESTED = ("not reachable", "reachable", "frontier", "optimal")
@@ -98,11 +102,9 @@ def edge_tokens(probe: Probe, example: TokenExample, graph: Graph, where: str) -
     return found
 
 
-def measure(probe: Probe, path: str, limit: int | None = None) -> list[Looked]:
-    """Every thought of the first `limit` items of a file."""
-    data, graphs = probe.data(path), read_graphs(path)
-    count = min(len(data), limit or len(data))
-    found = []
+def measure(probe: Probe, data: Data, count: int) -> list[Looked]:
+    """Every thought of the first `count` items."""
+    graphs, found = read_graphs(data.path), []
     for n in range(probe.n_thoughts):
         for start in Progress(range(0, count, BATCH), desc=f"Thought {n + 1}", unit=" batches", leave=False):
             items = range(start, min(start + BATCH, count))
@@ -115,8 +117,9 @@ def _looked(probe: Probe, data: Data, graphs: list[Graph], items: range, n: int)
     batch = prompt_batch(probe, [data.tokens[i] for i in items], n)
     weights = record(probe.model, batch).weights
     rows = mx.arange(len(items))
-    # In the place of the start marker, or without special tokens of the question's last token, thought 1 is computed.
-    last = np.array(weights[-1][rows, :, _thinking(probe, batch, n)].sum(axis=1))  # [B, T], heads summed
+    # The last latent computes thought n + 1; thought 1 the start marker, or without special tokens the question's end.
+    thinking = batch.last_column - probe.curriculum.special_tokens  # in front of the end marker
+    last = np.array(weights[-1][rows, :, thinking].sum(axis=1))  # [B, T], heads summed
     first = np.array(weights[0].mean(axis=1))  # [B, T, T]
     for row, i in enumerate(items):
         index, padding = int(data.indices[i]), int(batch.left_padding[row])
@@ -127,13 +130,6 @@ def _looked(probe: Probe, data: Data, graphs: list[Graph], items: range, n: int)
         even = [(len(places) - 1) / (places[-1] + 1) for places in tokens.values()]
         step = n // probe.curriculum.thoughts_per_step
         yield Looked(index, n + 1, sums, edge_groups(graphs[index], step, list(own)), gathered, even)
-
-
-def _thinking(probe: Probe, batch, n: int) -> mx.array:
-    """[B] the column that computes thought n + 1: the last latent, or before the first the place in front of it."""
-    if n:
-        return mx.full(len(batch.input_ids), batch.first_latent + n - 1, dtype=mx.int32)
-    return batch.last_column - probe.curriculum.special_tokens  # in front of the end marker stands the start marker
 
 
 def by_step(looked: list[Looked]) -> dict[int, list[Looked]]:
@@ -164,10 +160,9 @@ def gathered(looked: list[Looked]) -> str:
     return f"first layer, an edge's separator on its own source and target: {found}; spread evenly it were {even}"
 
 
-def draw(panels, looked: list[Looked]) -> None:
+def draw(figure, looked: list[Looked]) -> list:
     """The nested groups and the disjoint ones: mean by step with its interval."""
-    from analysis.pictures import draw_lines
-
+    panels = figure.subplots(1, 2, sharey=True)
     disjoint = ("not reachable", "reachable only", "frontier only", "optimal")
     for panel, groups, title in zip(panels, (NESTED, disjoint), ("nested groups", "disjoint groups"), strict=True):
         lines: dict[str, dict[int, np.ndarray]] = {group: {} for group in groups}
@@ -179,6 +174,7 @@ def draw(panels, looked: list[Looked]) -> None:
         draw_lines(panel, {group: points for group, points in lines.items() if points}, "attention to an edge")
         panel.set(title=title, ylim=(0, None))
         panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return list(panels)
 
 
 def main(arguments: list[str]) -> int:
@@ -187,7 +183,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    options = analysis_parser("analysis.edges", __doc__).parse_args(arguments)
+    options = control_parser("analysis.edges", __doc__).parse_args(arguments)
     if options.items is not None and options.items < 1:
         raise UserError(f"--items {options.items}: expected at least 1")
     return options
@@ -195,18 +191,14 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the lines and the picture."""
-    from analysis.pictures import save_figure
-
-    probe = open_thinking(options)
-    require_gpt2(probe.model, options.checkpoint)
-    looked = measure(probe, options.data, options.items)
-    say("\n".join(table(looked)))
-    say(gathered(looked))
-    told = {"command": "edges", "checkpoint": options.checkpoint, "data": options.data, "items": options.items}
-    write_records(options.out / "edges.jsonl", told, (one.record() for one in looked))
-    with save_figure(options.out / "edges.png", figsize=(10, 3.4)) as figure:
-        draw(figure.subplots(1, 2, sharey=True), looked)
-    say(f"written: {options.out / 'edges.jsonl'}, {options.out / 'edges.png'}")
+    subjects = open_places(options, open_thinking(options))
+    for one in subjects:
+        require_gpt2(one.probe.model, one.path)
+    found = [measure(one.probe, one.data, one.count) for one in subjects]
+    say_reports(subjects, ([*table(looked), gathered(looked)] for looked in found))
+    lines = [[one.record() for one in looked] for looked in found]
+    parts = [Part(10, 3.4, partial(draw, looked=looked)) for looked in found]
+    save(subjects, options.out / "edges", {}, lines, parts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 A thought is compared with the embedding of every node of the item's graph (inner product; for GPT-2 that is the node's
 logit). If thoughts search breadth-first, thought k is close to all nodes k edges away from the root, its frontier, and
 far from the others (arXiv 2505.12514). Prints a table, and writes frontier.jsonl (settings in the first line, then one
-line for each item and thought) and frontier.png.
+line for each item and thought) and frontier.png. --control looks at a second checkpoint in the same way: in a model
+with pauses, at the states in the places where Coconut's thoughts are.
 """
 
 from startup import settings, signals
@@ -19,15 +20,17 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from startup import blas  # noqa: F401  before mlx
 
 import numpy as np
 
+from analysis.beside import Part, control_parser, open_places, require_item, save, say_reports
 from analysis.graphs import GROUPS, Graph, read_graphs
-from analysis.probing import Probe, all_thoughts, analysis_parser, logits, open_thinking, write_records
-from utils import UserError, exit_status, markdown_table, say
+from analysis.pictures import draw_heat_map, draw_thought
+from analysis.probing import Probe, all_thoughts, logits, open_thinking
+from dataset import Data
+from utils import UserError, exit_status, markdown_table
 
 UNREACHABLE = -1  # as a distance from the root
 
@@ -68,11 +71,9 @@ class Held:
         }  # fmt: skip
 
 
-def measure(probe: Probe, path: str, limit: int | None = None) -> list[Held]:
-    """Compare the thoughts of the first `limit` items of a file with the nodes of their graphs."""
-    data, graphs = probe.data(path), read_graphs(path)
-    count = min(len(data), limit or len(data))
-    indices = data.indices[:count].tolist()
+def measure(probe: Probe, data: Data, count: int) -> list[Held]:
+    """Compare the thoughts of the first `count` items with the nodes of their graphs."""
+    graphs, indices = read_graphs(data.path), data.indices[:count].tolist()
     states = all_thoughts(probe, [data.tokens[i] for i in range(count)], probe.n_thoughts)  # [n, K, D]
     products = logits(probe, states)  # [n, K, vocabulary]
     return [
@@ -137,13 +138,12 @@ def _mean(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ({len(values):,})" if values else "none"
 
 
-def draw(held: list[Held], item: int, path: Path) -> None:
-    """Write the picture: the heat map of all items, and below it each thought on the graph of one item."""
-    from analysis.pictures import draw_heat_map, draw_thought, save_figure
-
+def part(held: list[Held], item: int) -> Part:
+    """The picture: the heat map of all items, and below it each thought on the graph of one item."""
     own = [h for h in held if h.index == item]
     graph = own[0].graph
-    with save_figure(path, figsize=(3.1 * max(3, len(own)), 6.6)) as figure:
+
+    def draw(figure) -> list:
         above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35])
         draw_heat_map(above.subplots(), by_distance(held), frontiers(held))
         below.suptitle(f"item {item}: {graph.root} to {graph.target}", fontsize=10)
@@ -151,6 +151,9 @@ def draw(held: list[Held], item: int, path: Path) -> None:
         largest = max(value for h in own for value in h.products.values())
         for panel, h in zip(panels, own, strict=True):
             draw_thought(panel, graph, h, largest)
+        return []
+
+    return Part(3.1 * max(3, len(own)), 6.6, draw)
 
 
 def main(arguments: list[str]) -> int:
@@ -159,7 +162,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = analysis_parser("analysis.frontier", __doc__)
+    parser = control_parser("analysis.frontier", __doc__)
     parser.add_argument("--item", type=int, default=0, help="the item whose graph is drawn (default 0)")
     options = parser.parse_args(arguments)
     if options.items is not None and options.items < 1:
@@ -169,16 +172,12 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the lines and the picture."""
-    held = measure(open_thinking(options), options.data, options.items)
-    if options.item not in {h.index for h in held}:
-        raise UserError(
-            f"--item {options.item}: not among the {len({h.index for h in held}):,} items that were looked at"
-        )
-    say("\n".join(table(held)))
-    settings = {"checkpoint": options.checkpoint, "data": options.data, "items": options.items, "command": "frontier"}
-    write_records(options.out / "frontier.jsonl", settings, (h.record() for h in held))
-    draw(held, options.item, options.out / "frontier.png")
-    say(f"written: {options.out / 'frontier.jsonl'}, {options.out / 'frontier.png'}")
+    subjects = open_places(options, open_thinking(options))
+    require_item(subjects, options.item)
+    found = [measure(one.probe, one.data, one.count) for one in subjects]
+    say_reports(subjects, map(table, found))
+    lines = [[h.record() for h in held] for held in found]
+    save(subjects, options.out / "frontier", {}, lines, [part(held, options.item) for held in found])
 
 
 if __name__ == "__main__":

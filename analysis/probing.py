@@ -154,12 +154,22 @@ def facts(probe: Probe, example: TokenExample) -> list[tuple[str, list[int]]]:
 def thoughts(probe: Probe, examples: list[TokenExample], n_thoughts: int) -> np.ndarray:
     """The thoughts of one batch of questions, [B, K, D] float32.
 
-    Thought k (from 0) is the hidden state in the column before latent k: the one that is fed back.
+    Thought k (from 0) is the hidden state in the column before latent k: the one that is fed back. For a model with
+    pauses it is the state in that column, which is not.
     """
     batch = prompt_batch(probe, examples, n_thoughts)
     hidden, _ = probe.model.think(batch)  # [B, T, D]
-    first = batch.first_latent - 1
-    return np.array(hidden[:, first : first + n_thoughts].astype(mx.float32))
+    found = mx.take_along_axis(hidden, thought_columns(probe, batch, n_thoughts)[..., None], axis=1)
+    return np.array(found.astype(mx.float32))
+
+
+def thought_columns(probe: Probe, batch: Batch, n_thoughts: int) -> mx.array:
+    """[B, K] the columns before the K = n_thoughts latents or pauses of prompts that all have as many.
+
+    Rows with pauses are not shifted until these stand in one column.
+    """
+    behind = probe.curriculum.special_tokens  # the end marker
+    return batch.last_column[:, None] - behind - n_thoughts + mx.arange(n_thoughts)
 
 
 def logits(probe: Probe, states: np.ndarray) -> np.ndarray:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from config import FIELDS, Config, load_config
+from config import CHECKPOINT, FIELDS, Config, load_config
 from training.checkpoint import read_metadata
 from training.curves import EVALUATION, TRAINING
-from training.resume import CHECKPOINT, best_evaluation
+from training.resume import best_evaluation
 from training.trainer import predictions_path
 from utils import UserError, read_records
 

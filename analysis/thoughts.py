@@ -12,6 +12,9 @@ first words: any result, the one of the thought's own step, and two different on
 token, with or without a leading space, can be found; items without one do not count. For items with a graph
 analysis.frontier answers the like question: which nodes of the frontier and of the path each thought holds.
 
+--control looks at a second checkpoint in the same way. In a model with pauses the states of the same places are shown;
+nothing is fed back there.
+
 Writes thoughts.jsonl (settings in the first line, then one line for each item, thought and layer) and thoughts.png (the
 words of one item, norms, and hit rates where there are results).
 """
@@ -35,13 +38,16 @@ from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
 
+from analysis.beside import Part, Subject, control_parser, open_places, require_item, save, say_reports
 from analysis.intervals import mean, share
-from analysis.probing import BATCH, Probe, analysis_parser, logits, open_thinking, prompt_batch, thoughts, write_records
+from analysis.pictures import draw_cells, draw_lines
+from analysis.probing import BATCH, Probe, logits, open_thinking, prompt_batch, thought_columns, thoughts
 from analysis.recording import record, require_gpt2
 from dataset import Data
 from text.tokenizer import Tokenizer
 from text.tokens import TokenExample
-from utils import Progress, UserError, exit_status, markdown_table, say
+from training.evaluation import wilson
+from utils import Progress, UserError, exit_status, markdown_table
 
 USED = "norm of the embedding's rows in use"
 KEPT = 10  # first words in a record
@@ -107,8 +113,9 @@ def layer_states(probe: Probe, examples: list[TokenExample], n_states: int) -> l
     """
     batch = prompt_batch(probe, examples, n_states)
     recorded = record(probe.model, batch)
-    places = slice(batch.first_latent - 1, batch.first_latent - 1 + n_states)
-    return [np.array(probe.model.transformer.ln_f(out[:, places]).astype(mx.float32)) for out in recorded.outputs]
+    places, norm = thought_columns(probe, batch, n_states)[..., None], probe.model.transformer.ln_f
+    states = [norm(mx.take_along_axis(out, places, axis=1)) for out in recorded.outputs]
+    return [np.array(layer.astype(mx.float32)) for layer in states]
 
 
 def decode(probe: Probe, data: Data, count: int, all_layers: bool = False) -> list[Decoded]:
@@ -242,37 +249,46 @@ def _word(tokenizer: Tokenizer, token: int) -> str:
     return repr(tokenizer.spell(token))
 
 
-def draw(decoded: list[Decoded], scale: float, probe: Probe, options: argparse.Namespace) -> None:
-    """Write the picture: the words of one item, norms by thought, hit rates where there are results.
-
-    scale: the mean norm of the embedding's rows.
-    """
-    from analysis.pictures import draw_cells, draw_lines, save_figure
-
+def part(subject: Subject, decoded: list[Decoded], norms: dict[str, float], options: argparse.Namespace) -> Part:
+    """The picture: the words of one item, norms by thought, hit rates where there are results."""
     own = [d for d in decoded if d.index == options.item]
-    rates = hits(decoded, options.top)
-    layers = {d.layer for d in decoded}
-    n_panels = 2 + bool(rates)
-    with save_figure(options.out / "thoughts.png", figsize=(4.6 * n_panels, 1.6 + 0.5 * max(len(own), 4))) as figure:
+    rates, last = hits(decoded, options.top), max(d.layer for d in decoded)
+    n_panels, n_thoughts = 2 + bool(rates), subject.probe.n_thoughts
+
+    def draw(figure) -> list:
         panels = figure.subplots(1, n_panels, width_ratios=[1.5, *[1] * (n_panels - 1)])
-        words = [[_cell(probe.curriculum.tokenizer.spell(i), p) for i, p in d.first(SHOWN)] for d in own]
-        names = [_named(d.thought, probe.n_thoughts) + (f", layer {d.layer}" if len(layers) > 1 else "") for d in own]
-        shares = np.array([d.probabilities[:SHOWN] for d in own])
-        draw_cells(panels[0], shares, words, names, [str(i + 1) for i in range(shares.shape[1])])
-        panels[0].set(
-            title=f"item {options.item}: first words of its thoughts, probability", xlabel="rank", ylabel="thought"
-        )
-        last = {t: those for (layer, t), those in by_place(decoded).items() if layer == max(layers)}
-        spread = {t: np.percentile([d.norm for d in those], [2.5, 50, 97.5]) for t, those in last.items()}
-        draw_lines(panels[1], {"thoughts": spread}, "norm (median, 95 % of the items)")
-        panels[1].axhline(scale, color="black", linestyle=":", linewidth=1, label="embedding's rows in use (mean)")
-        panels[1].legend(frameon=False, fontsize=8)
-        panels[1].set(title="norms", ylim=(0, None))
+        draw_words(panels[0], own, subject.probe)
+        panels[0].set_title(f"item {options.item}: first words of its thoughts, probability")
+        places = {t: those for (layer, t), those in by_place(decoded).items() if layer == last}
+        names = [_named(t, n_thoughts).replace("not ", "not\n") for t in places]
+        draw_norms(panels[1], places, norms[USED])
         if rates:
-            draw_rates(panels[2], rates, max(layers))
+            draw_rates(panels[2], rates, last)
             panels[2].set_title(f"results among the first {options.top} words")
         for panel in panels[1:]:
-            panel.set_xticks(list(last), [_named(t, probe.n_thoughts).replace("not ", "not\n") for t in last])
+            panel.set_xticks(list(places), names)
+        return [panels[1]]
+
+    return Part(4.6 * n_panels, 1.6 + 0.5 * max(len(own), 4), draw)
+
+
+def draw_words(panel, own: list[Decoded], probe: Probe) -> None:
+    """The first words of one item's thoughts with their probabilities."""
+    has_layers = len({d.layer for d in own}) > 1
+    words = [[_cell(probe.curriculum.tokenizer.spell(i), p) for i, p in d.first(SHOWN)] for d in own]
+    names = [_named(d.thought, probe.n_thoughts) + (f", layer {d.layer}" if has_layers else "") for d in own]
+    shares = np.array([d.probabilities[:SHOWN] for d in own])
+    draw_cells(panel, shares, words, names, [str(i + 1) for i in range(shares.shape[1])])
+    panel.set(xlabel="rank", ylabel="thought")
+
+
+def draw_norms(panel, places: dict[int, list[Decoded]], scale: float) -> None:
+    """Norms by thought; scale: the mean norm of the embedding's rows."""
+    spread = {t: np.percentile([d.norm for d in those], [2.5, 50, 97.5]) for t, those in places.items()}
+    draw_lines(panel, {"thoughts": spread}, "norm (median, 95 % of the items)")
+    panel.axhline(scale, color="black", linestyle=":", linewidth=1, label="embedding's rows in use (mean)")
+    panel.legend(frameon=False, fontsize=8)
+    panel.set(title="norms", ylim=(0, None))
 
 
 def _cell(word: str, probability: float) -> str:
@@ -282,9 +298,6 @@ def _cell(word: str, probability: float) -> str:
 
 def draw_rates(panel, rates: dict[str, Hits], layer: int) -> None:
     """Hit rates by thought with their intervals, a line for each kind."""
-    from analysis.pictures import draw_lines
-    from training.evaluation import wilson
-
     lines = {}
     for kind, places in rates.items():
         found = {t: list(items.values()) for (own, t), items in sorted(places.items()) if own == layer}
@@ -300,7 +313,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = analysis_parser("analysis.thoughts", __doc__)
+    parser = control_parser("analysis.thoughts", __doc__)
     parser.add_argument("--item", type=int, default=0, help="the item whose words are drawn (default 0)")
     parser.add_argument("--layers", action="store_true", help="decode the output of every layer")
     parser.add_argument("--top", type=int, default=KEPT, help=f"first words that count as a hit (default {KEPT})")
@@ -314,26 +327,30 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Decode, print the tables, and write the lines and the picture."""
-    probe = open_thinking(options)
-    if options.layers:
-        require_gpt2(probe.model, "--layers")
-    data = probe.data(options.data)
-    count = min(len(data), options.items or len(data))
-    if options.item not in data.indices[:count]:
-        raise UserError(f"--item {options.item}: not among the {count:,} items that were looked at")
-    decoded = decode(probe, data, count, options.layers)
-    norms = embedding_norms(probe, data, count)
-    say("\n".join(table(decoded, probe)))
-    say(f"all first words of an item's thoughts equal: {share(*all_equal(decoded, probe.n_thoughts))}")
-    say(", ".join(f"{name} {value:g}" for name, value in norms.items()))
-    if found := hits(decoded, options.top):
-        say("\n".join(["", *hit_table(found, probe.n_thoughts)]))
-    told = {name: getattr(options, name) for name in ("checkpoint", "data", "layers", "top")}
-    told = {"command": "thoughts", **told, "items": count, **norms}
-    lines = (d.record(probe.curriculum.tokenizer, options.top) for d in decoded)
-    write_records(options.out / "thoughts.jsonl", told, lines)
-    draw(decoded, norms[USED], probe, options)
-    say(f"written: {options.out / 'thoughts.jsonl'}, {options.out / 'thoughts.png'}")
+    subjects = open_places(options, open_thinking(options))
+    require_item(subjects, options.item)
+    for one in subjects if options.layers else []:
+        require_gpt2(one.probe.model, "--layers")
+    found = [decode(one.probe, one.data, one.count, options.layers) for one in subjects]
+    norms = [embedding_norms(one.probe, one.data, one.count) for one in subjects]
+    say_reports(subjects, (report(*one, options.top) for one in zip(subjects, found, norms, strict=True)))
+    lines = [
+        [d.record(one.probe.curriculum.tokenizer, options.top) for d in decoded]
+        for one, decoded in zip(subjects, found, strict=True)
+    ]
+    parts = [part(*one, options) for one in zip(subjects, found, norms, strict=True)]
+    save(subjects, options.out / "thoughts", {"layers": options.layers, "top": options.top, **norms[0]}, lines, parts)
+
+
+def report(subject: Subject, decoded: list[Decoded], norms: dict[str, float], top: int) -> list[str]:
+    """The printed lines about one checkpoint."""
+    n_thoughts, found = subject.probe.n_thoughts, hits(decoded, top)
+    return [
+        *table(decoded, subject.probe),
+        f"all first words of an item's thoughts equal: {share(*all_equal(decoded, n_thoughts))}",
+        ", ".join(f"{name} {value:g}" for name, value in norms.items()),
+        *(["", *hit_table(found, n_thoughts)] if found else []),
+    ]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ figure; --height search (default) is the longest path along edges that lead one 
 
 Prints means with bootstrap intervals, over all items and without those that have one candidate, and means by height
 with the number of nodes; writes tree.jsonl (settings in the first line, then one line for each item and k) and tree.png
-(the tree of one item, values by percentile, values by height).
+(the tree of one item, values by percentile, values by height). --control looks at a second checkpoint in the same way.
 """
 
 from startup import settings, signals
@@ -33,15 +33,16 @@ from startup import blas  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
 
+from analysis.beside import Part, Subject, control_parser, open_places, require_item, save, say_reports
 from analysis.classes import TextForm, find_form
 from analysis.graphs import HEIGHTS, Graph, read_graphs
 from analysis.intervals import bootstrap, mean, share
-from analysis.pictures import draw_lines, draw_shares, draw_tree, save_figure
-from analysis.probing import Probe, analysis_parser, open_thinking, require_room, warn_if_unmixed, write_records
+from analysis.pictures import draw_lines, draw_shares, draw_tree
+from analysis.probing import Probe, open_thinking, require_room, warn_if_unmixed
 from coconut import Batch
 from dataset import Data, TrainingSequence, collate
 from parallel.streams import use_streams
-from utils import Progress, UserError, exit_status, markdown_table, say
+from utils import Progress, UserError, exit_status, markdown_table
 
 TOP = 3
 BATCH = 25  # prompts at a time: each candidate has a copy of its prompt's cache, 27 MB on ProsQA with GPT-2
@@ -199,14 +200,15 @@ def height_table(found: dict[int, list[Valued]], kind: str) -> list[str]:
     return markdown_table(["thoughts", f"height ({kind})", "right nodes", "wrong nodes"], rows)
 
 
-def draw(found: dict[int, list[Valued]], options: argparse.Namespace) -> None:
-    """Write the picture: the tree of one item, and below it a column for each number of thoughts."""
+def part(found: dict[int, list[Valued]], options: argparse.Namespace) -> Part:
+    """The picture: the tree of one item, and below it a column for each number of thoughts."""
     shown = {k: v for k, own in found.items() for v in own if v.index == options.item}
     depths = [depth for v in shown.values() for depth in v.graph.distances(v.graph.root).values()]
     columns, rows = max(depths, default=0) + 1, max(map(depths.count, depths), default=0) / max(len(shown), 1)
-    size = (max(3.6 * len(found), 1.5 * columns), 7.4 + 0.4 * rows)
-    with save_figure(options.out / "tree.png", figsize=size) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[size[1] - 6.6, 6.6])
+    height = 7.4 + 0.4 * rows
+
+    def draw(figure) -> list:
+        above, below = figure.subfigures(2, 1, height_ratios=[height - 6.6, 6.6])
         if shown:
             draw_item(above.subplots(), shown)
         percentiles, heights = below.subplots(2, len(found), squeeze=False)
@@ -216,6 +218,9 @@ def draw(found: dict[int, list[Valued]], options: argparse.Namespace) -> None:
             draw_lines(heights[column], _spreads(by_height(own, options.height)), "mean value")
             heights[column].set(xlabel=f"height ({options.height})", ylim=(0, None))
             heights[column].legend(frameon=False, fontsize=8)
+        return list(heights)
+
+    return Part(max(3.6 * len(found), 1.5 * columns), height, draw)
 
 
 def draw_item(panel, shown: dict[int, Valued]) -> None:
@@ -262,7 +267,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = analysis_parser("analysis.tree", __doc__)
+    parser = control_parser("analysis.tree", __doc__)
     parser.add_argument("--thoughts", type=int, nargs="+", help="default: all with candidates, up to the trained one")
     parser.add_argument("--item", type=int, default=0, help="the item whose tree is drawn (default 0)")
     parser.add_argument("--height", choices=HEIGHTS, default=HEIGHTS[0], help=f"default {HEIGHTS[0]}")
@@ -277,14 +282,22 @@ def tree(options: argparse.Namespace) -> None:
     use_streams("1")
     probe = open_thinking(options)
     warn_if_unmixed(probe, options.checkpoint)
-    data, graphs = probe.data(options.data), read_graphs(options.data)
-    count = min(len(data), options.items or len(data))
-    if options.item not in data.indices[:count]:
-        raise UserError(f"--item {options.item}: not among the {count:,} items that were looked at")
-    graphs = [graphs[index] for index in data.indices[:count]]
+    subjects = open_places(options, probe)
+    require_item(subjects, options.item)
+    found = [measure(one, options) for one in subjects]
+    say_reports(subjects, ([*table(own), "", *height_table(own, options.height)] for own in found))
+    lines = [[v.record() for values in own.values() for v in values] for own in found]
+    save(subjects, options.out / "tree", {"height": options.height}, lines, [part(own, options) for own in found])
+
+
+def measure(subject: Subject, options: argparse.Namespace) -> dict[int, list[Valued]]:
+    """{number of thoughts: the values of every item}, for those after which items have candidates."""
+    _, probe, data, count = subject
+    graphs = read_graphs(data.path)
+    graphs = [graphs[index] for index in subject.indices]
     form = find_form([e.steps for e in data.examples[:count]], graphs, probe.curriculum.layout.separator)
     if form is None:
-        raise UserError(f"{options.data}: its steps are no paths in a form that can be read, so nodes have no values")
+        raise UserError(f"{data.path}: its steps are no paths in a form that can be read, so nodes have no values")
     per_step = probe.curriculum.thoughts_per_step
     steps = range(1 - form.first_depth, probe.n_thoughts // per_step + 1 - form.first_depth)
     numbers = sorted(set(options.thoughts or [step * per_step for step in steps]))
@@ -293,15 +306,10 @@ def tree(options: argparse.Namespace) -> None:
             f"--thoughts {numbers[0]}: the first step of its {form.name} begins with the root; expected more"
         )
     require_room(probe, data, numbers[-1], n_more=20)
-    found = {k: evaluate(probe, data, graphs, form, k) for k in numbers}
-    found = {k: own for k, own in found.items() if own}
+    found = {k: own for k in numbers if (own := evaluate(probe, data, graphs, form, k))}
     if not found:
         raise UserError(f"--thoughts {numbers}: no item has a node that far away from its root")
-    say("\n".join([*table(found), "", *height_table(found, options.height)]))
-    told = {"command": "tree", "checkpoint": options.checkpoint, "data": options.data, "items": count}
-    write_records(options.out / "tree.jsonl", told, (v.record() for own in found.values() for v in own))
-    draw(found, options)
-    say(f"written: {options.out / 'tree.jsonl'}, {options.out / 'tree.png'}")
+    return found
 
 
 if __name__ == "__main__":

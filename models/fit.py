@@ -42,7 +42,7 @@ def needs_rows(
     return True
 
 
-def check_rows(rows: int, needed: int, tokenizer: Tokenizer, source: Source) -> None:
+def check_rows(rows: int, needed: int, tokenizer: Tokenizer, source: Source | str) -> None:
     """Raise UserError for a table of fewer rows than tokens: MLX would read past its end, or crash there."""
     if rows < needed:
         complete = tokenizer.vocab_size

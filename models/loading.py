@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from config import Config
-from models.fit import check_fit, needs_rows, with_rows
+from models.fit import N_SPECIAL, check_fit, check_rows, needs_rows, with_rows
 from models.gpt2 import GPT2, GPT2Config
 from models.language import load_language_model
 from models.mlx_lm import LanguageModel
@@ -15,7 +15,7 @@ from models.source import Source
 from models.weights import canonical, check_vocabulary, holds_special_tokens, read_tensors
 from text.byte_tokenizer import ByteTokenizer
 from text.tokenizer import Tokenizer, load_tokenizer
-from utils import UserError, human_size, memory_size
+from utils import UserError, human_size, memory_size, say
 
 EMBEDDING = "transformer.wte.weight"
 PREFIX = "transformer."  # of every parameter's name in Hugging Face's GPT2LMHeadModel files
@@ -65,6 +65,7 @@ def _fresh_gpt2(shape: GPT2Config, config: Config, tokenizer: Tokenizer) -> GPT2
     std = shape.initializer_range if config.initializer_range is None else config.initializer_range
     if not std:
         raise UserError("initializer_range: 0 makes every weight 0, which never trains; GPT-2's is 0.02")
+    _check_vocabulary_size(shape.vocab_size, config.model_config_path, tokenizer)
     shape = replace(shape, vocab_size=tokenizer.vocab_size, initializer_range=std)
     _check_memory(shape, "a fresh model")
     mx.random.seed(config.seed)
@@ -74,6 +75,22 @@ def _fresh_gpt2(shape: GPT2Config, config: Config, tokenizer: Tokenizer) -> GPT2
     if config.sinusoidal_positions is not None:
         model.wpe.weight = config.sinusoidal_positions * sinusoids(*model.wpe.weight.shape)
     return model
+
+
+def _check_vocabulary_size(wanted: int, path: str, tokenizer: Tokenizer) -> None:
+    """Raise UserError where a config.json has fewer rows than the vocabulary, say that no more than needed are made.
+
+    GPT-2's own number counts as none: it is that of files which do not name one, and of copies of GPT-2's.
+    """
+    needed = tokenizer.vocab_size - N_SPECIAL
+    if wanted == GPT2Config.vocab_size:
+        return
+    check_rows(wanted, needed, tokenizer, path)
+    if wanted not in (needed, tokenizer.vocab_size):
+        say(
+            f"note: {path}: vocab_size {wanted:,} is not used; the model gets {tokenizer.vocab_size:,} rows, one for "
+            f"each token of {tokenizer.source}"
+        )
 
 
 def _check_memory(shape: GPT2Config, what: object) -> None:

@@ -2,7 +2,7 @@
 
 The base stays as it was, bit for bit. The special tokens get rows of their own beside the frozen tables: a table of
 128,000 rows is not trained for three, a quantized one cannot grow, and mlx-lm reopens adapters alone. Adapters are
-mlx-lm's own layers, saved in its format. There is no official number for LoRA.
+mlx-lm's own layers with a dropout that can be repeated, saved in its format. There is no official number for LoRA.
 """
 
 import json
@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from config import Config
 from models.mlx_lm import LanguageConfig, LanguageModel
+from models.recompute import RepeatedDropout
 from models.sums import subclass
 from utils import UserError, read_json
 
@@ -81,6 +82,9 @@ class LoraModel(LanguageModel):
         lm.freeze()
         form = lora.to_dict(config.n_layer)["lora_parameters"]
         linear_to_lora_layers(lm, config.n_layer, form | {"keys": set(lora.keys)} if lora.keys else dict(form))
+        for module in lm.modules():
+            if "lora_a" in module:
+                module.dropout = RepeatedDropout(lora.dropout)
         if not self._tensors():
             raise UserError(f"lora_keys: no layer of {config.model_type} has such a name: {', '.join(lora.keys or ())}")
         if rows:

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from models.cache import LayerCache, make_cache
-from models.recompute import run_and_recompute
+from models.recompute import repeat_dropout, run_and_recompute
 from models.rope import check_rope, flat_rope
 from models.sums import subclass, take_float32, trained_type
 from utils import UserError, warn
@@ -252,7 +252,12 @@ def _recompute(layer: nn.Module) -> None:
     def call(self, x, mask=None, cache=None):
         if not self.training:
             return own(self, x, mask, cache=cache)
-        return run_and_recompute(lambda twin, x, cache, _: own(twin, x, mask, cache=cache), self, x, cache, [])
+
+        def run(twin: nn.Module, x: mx.array, cache: LayerCache, keys: list) -> mx.array:
+            repeat_dropout(twin, keys)
+            return own(twin, x, mask, cache=cache)
+
+        return run_and_recompute(run, self, x, cache, [])
 
     subclass(layer, __call__=call)
 

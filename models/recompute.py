@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from models.cache import LayerCache, State
+from models.ops import Dropout, random_keys
 
 
 def run_and_recompute(call: Callable, layer: nn.Module, x: mx.array, cache: LayerCache, keys: list) -> mx.array:
@@ -47,6 +48,41 @@ def run_and_recompute(call: Callable, layer: nn.Module, x: mx.array, cache: Laye
     found: Any = forward(x, cache.state, parameters)
     cache.state = found[1]
     return found[0]
+
+
+class Keys:
+    """The keys of a layer's dropouts in one pass, in their order: drawn at the first run, read at the second."""
+
+    def __init__(self, keys: list):
+        self._keys, self._place = keys, 0
+
+    def next(self) -> mx.array:
+        """The next key; a new one is added to the list."""
+        if self._place == len(self._keys):
+            self._keys += random_keys(1)
+        self._place += 1
+        return self._keys[self._place - 1]
+
+
+class RepeatedDropout(Dropout):
+    """Dropout in a layer that passes it no key, with the masks of its `keys`; without any, it draws new ones."""
+
+    def __init__(self, rate: float):
+        super().__init__(rate)
+        self._keys: Keys | None = None
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        if self.rate and key is None:
+            key = self._keys.next() if self._keys else random_keys(1)[0]
+        return super().__call__(x, key)
+
+
+def repeat_dropout(layer: nn.Module, keys: list) -> None:
+    """Let the dropouts of a layer, the twin of one pass, take their keys from this list, which the first run fills."""
+    shared = Keys(keys)
+    for module in layer.modules():
+        if isinstance(module, RepeatedDropout):
+            module._keys = shared
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from utils import RunError, Stopped, UserError, say, silence
+from utils import RunError, Stopped, UserError, say, silence, warn
 
 START_SECONDS = 120  # longest wait for the other ranks at the start
 BUCKET_BYTES = 32 << 20  # gradients summed at once, as in mlx.nn.average_gradients
@@ -233,7 +233,7 @@ def _launched(environment: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
-    """Raise UserError where one of several processes is sure; a first one that does not know of others may be alone."""
+    """Raise UserError where one of several processes is sure; warn a first one that cannot know whether it is alone."""
     for name, launcher in (FOREIGN_LAUNCHERS | FOREIGN_RANKS).items():
         alone = 0 if name in FOREIGN_RANKS else 1
         value = environment.get(name) or str(alone)
@@ -244,6 +244,9 @@ def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
                 f"started by {launcher} ({name} is {value}): each process would train for itself. Use "
                 "`mlx.launch -n N --backend ring -- python run.py CONFIG`"
             )
+    rank = next((name for name in FOREIGN_RANKS if environment.get(name)), None)
+    if rank and not any(map(environment.get, FOREIGN_LAUNCHERS)):
+        warn(f"{rank} is 0 and nothing says how many processes {FOREIGN_RANKS[rank]} started; this one trains alone")
 
 
 @contextmanager

@@ -214,7 +214,9 @@ def measure_thoughts(configs: dict[str, Config]) -> list[Held]:
     if "coconut" not in configs:
         return []
     config = configs["coconut"]
-    return measure(open_checkpoint(str(config.run_dir / f"checkpoint_{config.num_epochs}")), config.val_path)
+    probe = open_checkpoint(str(config.run_dir / f"checkpoint_{config.num_epochs}"))
+    data = probe.data(config.val_path)
+    return measure(probe, data, len(data))
 
 
 def results_table(results: list[Result]) -> list[str]:

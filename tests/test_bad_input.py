@@ -574,6 +574,7 @@ def model_config(**changes):
 BAD_MODEL_CONFIGS = {
     "not llama's config.json: vocab_size, hidden_size, num_hidden_layers": {"model_type": "llama"},
     "n_embd 15 is not a multiple of n_head 2": {"n_embd": 15},
+    "its vocabulary has 100 rows; the tokenizer": {"vocab_size": 100},
     "n_layer: expected a positive whole number": {"n_layer": 0},
     "n_positions: expected a positive whole number": {"n_positions": "many"},
     "activation_function: expected gelu_new": {"activation_function": "relu"},

@@ -209,7 +209,7 @@ def test_a_name_stays_inside_save_path(name, load):
     assert problem.startswith("name: expected a folder inside save_path, found")
 
 
-@pytest.mark.parametrize("name", ["checkpoint_3", "a/checkpoint_3", "a/state_1_2/b"])
+@pytest.mark.parametrize("name", ["checkpoint_3", "a/checkpoint_3", "a/state_1_2/b", "checkpoint_3.safetensors"])
 def test_a_name_is_none_of_a_saved_folder(name, load):
     """A run inside another run's checkpoint would be deleted with it."""
     [problem] = problems_of(load, OFFICIAL_COT, f"name={name}")

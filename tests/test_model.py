@@ -491,10 +491,22 @@ def test_a_fresh_model_is_initialized_as_gpt2_is():
             assert np.abs(values).max() > 3 * expected, name  # normal, not uniform
 
 
-def fresh_model(**keys) -> GPT2:
+SMALL = GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2)
+
+
+def fresh_model(shape: GPT2Config = SMALL, **keys) -> GPT2:
     tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, "bytes")
     config = Config(save_path="", name="", val_path="", coconut=True, seed=3, **keys)
-    return load_gpt2(Source(None, GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2), None), config, tokenizer)
+    return load_gpt2(Source(None, shape, None), config, tokenizer)
+
+
+@pytest.mark.parametrize(("vocab_size", "is_noted"), [(50_257, False), (257, False), (260, False), (258, True)])
+def test_a_fresh_model_has_the_vocabularys_rows_and_says_so(vocab_size, is_noted, capsys):
+    """257 without the three special tokens, 260 with them; files that name no number count as GPT-2's 50,257."""
+    model = fresh_model(dataclasses.replace(SMALL, vocab_size=vocab_size), model_config_path="small.json")
+    assert model.wte.weight.shape == (260, 32) and model.config.vocab_size == 260
+    note = "note: small.json: vocab_size 258 is not used; the model gets 260 rows, one for each token of bytes\n"
+    assert capsys.readouterr().out == note * is_noted
 
 
 def test_fresh_embeddings_may_start_otherwise_and_the_other_weights_stay():

@@ -55,7 +55,8 @@ def test_the_evaluation_that_the_readme_starts_with_needs_nothing_else():
 
 
 def test_each_thought_holds_its_frontier():
-    held = measure(open_checkpoint(str(FOLDER / "graph-coconut")), str(FOLDER / "graph_test.json"), 200)
+    probe = open_checkpoint(str(FOLDER / "graph-coconut"))
+    held = measure(probe, probe.data(str(FOLDER / "graph_test.json")), 200)
     for thought, groups in by_group(held).items():
         frontier, others = np.mean(groups["frontier"]), np.mean(groups["not reachable"])
         assert frontier > 5 * abs(others) > 0, thought

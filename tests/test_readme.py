@@ -75,8 +75,8 @@ def check_python(words: list[str]) -> None:
         return
     is_module = words[0] == "-m"
     script = Path(importlib.util.find_spec(words[1]).origin) if is_module else ROOT / words[0]
-    shared = script.parent / "workload.py"  # options of several benchmarks
-    source = script.read_text() + (shared.read_text() if shared.is_file() else "")
+    shared = [script.parent / name for name in ("workload.py", "beside.py")]  # options of several benchmarks, analyses
+    source = "".join(file.read_text() for file in (script, *shared) if file.is_file())
     arguments = words[1 + is_module :]
     for option in arguments:
         assert not option.startswith("-") or f'"{option}"' in source, (script, option)

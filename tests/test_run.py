@@ -23,7 +23,7 @@ from models.recompute import run_and_recompute
 from startup import blas  # noqa: F401  before mlx
 from text import tokens
 from training import checkpoint as ckpt
-from training import resume, setup, step, trainer
+from training import evaluation, resume, setup, step, trainer
 from utils import Stopped
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # bits are compared
@@ -305,6 +305,16 @@ def test_a_run_without_checkpoints_starts_over_and_writes_its_metrics_anew(tiny,
         assert call_main(tiny.config(debug=True, num_epochs=1)).status == 0
     assert [r["train/step"] for r in tiny.records() if "train/loss" in r] == [0, 1]
     assert [r["epoch"] for r in tiny.records() if "eval/loss" in r] == [1]
+
+
+def test_a_run_under_the_name_of_a_debug_run_leaves_nothing_of_that(tiny, call_main):
+    assert call_main(tiny.config(debug=True, num_epochs=3, lr=5e-3)).status == 0
+    assert call_main(tiny.config(num_epochs=1)).status == 0
+    assert call_main(tiny.config(num_epochs=1, name="fresh")).status == 0
+    folder, fresh = tiny.runs / "tiny", tiny.runs / "fresh"
+    assert names(folder) == names(fresh) and "predictions_1.jsonl" in names(folder)
+    assert (folder / "predictions_1.jsonl").read_bytes() == (fresh / "predictions_1.jsonl").read_bytes()
+    assert without_time(tiny.records()) == without_time(tiny.records("fresh"))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tiny, call_main):
@@ -889,10 +899,24 @@ def test_an_evaluation_that_is_not_finite_is_not_logged(finished, tiny, call_mai
     tensors = mx.load(str(finished[0].runs / "tiny" / "checkpoint_1" / "model.safetensors"))
     tensors["transformer.ln_f.weight"] *= 1e38
     mx.save_safetensors(str(tiny.folder / "large.safetensors"), tensors)
-    outcome = call_main(tiny.config(only_eval=True, load_model_path=tiny.folder / "large.safetensors"))
-    assert outcome.status == 1
-    assert re.search(r"error: the validation loss of .*valid.json is (nan|inf)", outcome.err)
-    assert (tiny.runs / "tiny" / "metrics.jsonl").read_text() == ""
+    keys = {"only_eval": True, "load_model_path": tiny.folder / "large.safetensors"}
+    for folder_was_there in (False, True):
+        outcome = call_main(tiny.config(**keys))
+        assert outcome.status == 1
+        assert re.search(r"error: the validation loss of .*valid.json is (nan|inf)", outcome.err)
+        assert not folder_was_there or {path.name for path in (tiny.runs / "tiny").iterdir()} == {".lock"}
+        assert folder_was_there or not tiny.runs.exists()
+        (tiny.runs / "tiny").mkdir(parents=True, exist_ok=True)
+
+
+def test_an_evaluation_that_is_stopped_leaves_nothing(finished, tiny, call_main, monkeypatch):
+    def stop(*_):
+        raise Stopped(2)
+
+    monkeypatch.setattr(evaluation.Evaluator, "answers", stop)
+    keys = {"only_eval": True, "load_model_path": finished[0].runs / "tiny" / "checkpoint_3"}
+    assert call_main(tiny.config(**keys)).status == 130
+    assert not tiny.runs.exists()
 
 
 def test_an_error_in_decoding_is_not_a_wrong_answer(tiny, call_main, monkeypatch):

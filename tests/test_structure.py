@@ -33,7 +33,8 @@ FOLDERS = ("models", "text", "training", "parallel", "startup", "analysis", "scr
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])
 # Of analysis/; its other files are commands.
 LIBRARIES = {
-    "graphs", "classes", "probing", "changes", "conditions", "recording", "intervals", "pictures", "recorded", "page",
+    "beside", "graphs", "classes", "probing", "changes", "conditions", "recording", "intervals", "pictures",
+    "recorded", "page",
 }  # fmt: skip
 COMMANDS = [
     ROOT / "run.py",

@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import FIELDS, Config
+from config import CHECKPOINT, FIELDS, STATE, Config
 from parallel.streams import n_streams
 from text.tokenizer import Tokenizer
 from training.checkpoint import METADATA, Damaged, TrainState, find_damage, read_metadata, remove, remove_folder
 from training.curves import merged_stage
 from utils import UserError, human_size, read_records, warn
 
-CHECKPOINT = re.compile(r"^checkpoint_(\d+)(\.safetensors)?$")
-STATE = re.compile(r"^state_(\d+)_(\d+)$")
 TEMPORARY = re.compile(r"^\..+\.\d+(\.old)?\.tmp$")  # as utils.replacing and checkpoint.py name them: .NAME.PID.tmp
 # Keys that may change when a run is resumed; a change of any other would make it another run.
 FREE_KEYS = {

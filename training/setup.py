@@ -87,21 +87,15 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
     """
     directory, problem, run = output_directory(config), None, None
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    made: list[Path] = []
     try:
         if group.is_main:  # before the slow loading, so that of two starts at a time only one goes on
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(resume.locked(directory))
-            made = missing  # without the lock they are another process's
+            stack.callback(_remove_unused, missing)  # without the lock they are another process's
         run = load(config, group)
         print_summary(run, blas)
     except UserError as error:
         problem = error
-    except OSError:
-        _remove_unused(made)
-        raise
-    if problem and group.is_main:
-        _remove_unused(made)
     group.agree(problem)
     check_ranks(run)
     if group.is_main:
@@ -112,7 +106,7 @@ def prepare(config: Config, blas: str, group: Group, stack: ExitStack) -> Run:
 
 
 def _remove_unused(made: list[Path]) -> None:
-    """Remove the directories that this start has made, where nothing but its lock is in them."""
+    """Remove the directories that this start has made, where at its end nothing but its lock is in them."""
     for folder in made:
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}:
             (folder / ".lock").unlink(missing_ok=True)

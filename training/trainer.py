@@ -69,7 +69,8 @@ class Trainer:
             loss = self._validation_loss()
             self._save_checkpoint()
             self._stop_if_asked()
-            result = evaluate(self.run, self.metrics, self.state, self.state.epoch + 1, loss, self.stop)
+            result = answers(self.run, self.state.epoch, self.stop)
+            log_evaluation(self.run, self.metrics, self.state, self.state.epoch + 1, (loss, result))
             seconds = self.state.train_seconds + time.monotonic() - trained  # of which some may be before a restart
             self._finish_epoch(result.accuracy)
             self._say_outlook(seconds)
@@ -123,6 +124,8 @@ class Trainer:
         if state.metrics_bytes:
             self.metrics.check(state.metrics_bytes, state.metrics_crc32)
         self.metrics.rewind(state.epoch * self.run.steps_per_epoch + state.step, state.epoch)
+        if self.group.is_main:
+            drop_later_predictions(self.run.directory, state.epoch)
 
     def _resets_optimizer(self) -> bool:
         """Whether a new optimizer is made before the next step.
@@ -296,12 +299,13 @@ def evaluate_once(run: Run) -> None:
     config = run.config
     warn_of_other_thoughts(run, run.curriculum.stage(config.resume))
     say(evaluation_line(run))
-    metrics = MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics()
-    with metrics, StopSignals() as stop:
+    with StopSignals() as stop:
         loss = validation_loss(run, config.resume, stop)
         if not math.isfinite(loss):  # on all ranks
             run.group.agree(RunError(f"the validation loss of {run.valid.path} is {loss}; nothing was logged"))
-        evaluate(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), loss, stop)
+        result = answers(run, config.resume, stop)
+    with MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics() as metrics:
+        log_evaluation(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), (loss, result))
     if run.group.is_main:  # now it is about the newest record
         write_text(run.directory / "config.yaml", config.to_yaml())
 
@@ -318,15 +322,18 @@ def validation_loss(run: Run, epoch: int, stop: StopSignals) -> float:
         return evaluator(run, stop).loss(epoch)
 
 
-def evaluate(
-    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, loss: float, stop: StopSignals
-) -> Evaluation:
-    """Greedy accuracy at the stage of the state's epoch: printed with the validation loss, logged, and written as
-    predictions."""
-    stage = run.curriculum.stage(state.epoch)
-    about = about_evaluation(run) if run.config.only_eval else {}
+def answers(run: Run, epoch: int, stop: StopSignals) -> Evaluation:
+    """Greedy answers to the validation set at the epoch's stage; same on all ranks."""
     with computing_in(run.model, compute_dtype(run.config.bf16)):
-        result = evaluator(run, stop).answers(stage)
+        return evaluator(run, stop).answers(run.curriculum.stage(epoch))
+
+
+def log_evaluation(
+    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, found: tuple[float, Evaluation]
+) -> None:
+    """Print and log validation loss and answers at the stage of the state's epoch, and write the predictions."""
+    stage, (loss, result) = run.curriculum.stage(state.epoch), found
+    about = about_evaluation(run) if run.config.only_eval else {}
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     say("\n".join(result.samples()))
     if run.group.is_main:
@@ -338,13 +345,20 @@ def evaluate(
         "train/seconds": state.train_seconds, "acc_interval": result.interval(),
         "epoch": epochs_done, "stage": stage, **about,
     })  # fmt: skip
-    return result
 
 
 def predictions_path(directory: Path, epochs_done: int, about: dict) -> Path:
     """predictions_{epochs_done}.jsonl; another name where that file is about other data or another checkpoint."""
     names = (f"predictions_{epochs_done}{f'_{n}' if n > 1 else ''}.jsonl" for n in itertools.count(1))
     return next(directory / name for name in names if _is_free(directory / name, about))
+
+
+def drop_later_predictions(directory: Path, epochs_done: int) -> None:
+    """Remove predictions of epochs behind a start's place, as MetricLog.rewind does: of a debug run, for example."""
+    for path in directory.glob("predictions_*.jsonl"):
+        epoch = path.stem.removeprefix("predictions_")
+        if epoch.isdecimal() and int(epoch) > epochs_done:
+            path.unlink()
 
 
 def _is_free(path: Path, about: dict) -> bool:
