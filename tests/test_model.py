@@ -22,7 +22,7 @@ from models.source import Source
 from parallel.streams import even_slices, n_streams, on_gpu, use_streams
 from startup import blas  # noqa: F401  before mlx
 from text.tokenizer import Tokenizer
-from training.step import TrainStep, new_optimizer
+from training.step import TrainStep, joined, new_optimizer
 
 VOCABULARY = 50
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -368,6 +368,7 @@ def test_an_update_in_groups_changes_no_bit(cpu, monkeypatch):
         return own(self, parameters, *others)
 
     monkeypatch.setattr(TrainStep, "_updated", updated)
+    monkeypatch.setattr("training.step.SMALL_PARAMETER", 0)
     for limit, largest_group in ((1, 4096), (5000, 5000)):
         monkeypatch.setattr("training.step.LARGEST_UPDATE", limit)
         sizes.clear()
@@ -384,6 +385,36 @@ def test_an_update_in_groups_changes_no_bit(cpu, monkeypatch):
 
     monkeypatch.setattr(TrainStep, "_update", at_once)
     assert train_a_little(seed=5) == whole
+
+
+@pytest.mark.parametrize("largest, n_updated", [(0, 6), (12, 5), (40, 4), (60, 2)])
+def test_small_parameters_are_updated_as_one_with_the_same_bits(cpu, monkeypatch, largest, n_updated):
+    """Of five float32 and one bfloat16 parameter; each keeps its place, shape and type, and its moments theirs.
+
+    The moments of one stand in another order, as they may in a state that was read.
+    """
+    monkeypatch.setattr("training.step.SMALL_PARAMETER", largest)
+    config = Config(save_path="", name="", val_path="", coconut=True)
+    step = TrainStep(make_model(), optim.AdamW(1e-2, bias_correction=True), config)
+    shapes = [(4, 3), (7,), (5, 8), (60,), (6, 10), (12,)]  # small ones come first
+    types = [mx.float32] * 5 + [mx.bfloat16]
+    drawn = [[mx.random.normal(shape).astype(t) for shape, t in zip(shapes, types, strict=True)] for _ in range(4)]
+    parameters, gradients, first, second = drawn
+    moments = [{"m": m, "v": mx.abs(v)} for m, v in zip(first, second, strict=True)]
+    moments[1] = dict(reversed(moments[1].items()))
+    numbers, seen = {"step": mx.array(3), "learning_rate": mx.array(1e-2)}, []
+
+    def updated(parameters, *others):
+        seen.append(len(parameters))
+        return TrainStep._updated(step, parameters, *others)
+
+    expected = updated(parameters, gradients, moments, numbers, mx.array(2.0))
+    found = joined(updated)(parameters, gradients, moments, numbers, mx.array(2.0))
+    assert seen == [6, n_updated]
+    expected, found = dict(tree_flatten(expected)), dict(tree_flatten(found))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype and mx.array_equal(found[name], array), name
 
 
 def test_dropout_draws_another_mask_at_every_step_and_in_every_epoch():

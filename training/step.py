@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import reduce
+from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from utils import RunError
 
 MicroBatch = list[Chunk]
 LARGEST_UPDATE = 1 << 30  # bytes of parameters that AdamW updates at once
+SMALL_PARAMETER = 1 << 16  # elements; up to here copies take less time than operations of its own
 
 
 class StepResult(NamedTuple):
@@ -65,6 +67,8 @@ class TrainStep:
         if on_gpu():
             self._loss_and_gradient = compiled(model, self._loss_and_gradient)
             self._norm, self._updated = mx.compile(self._norm), mx.compile(self._updated)
+        else:
+            self._updated = joined(self._updated)
 
     def __call__(self, micro_batches: list[MicroBatch], epoch: int, number: int, learning_rate: float) -> StepResult:
         """Take step `number` of an epoch, both counted from 0.
@@ -102,12 +106,13 @@ class TrainStep:
         return norm.item()
 
     def _parameters(self, gradient) -> list[_Parameter]:
-        """All that train."""
+        """All that train, small ones first."""
         tree, gradients, moments = self.model.trainable_parameters(), dict(tree_flatten(gradient)), []
         self.optimizer.init(tree)  # a state that was loaded lacks the empty parts
         tree_map(lambda _, own: moments.append(own), tree, self.optimizer.state)  # in the order of tree_flatten
         named = zip(tree_flatten(tree), moments, strict=True)
-        return [_Parameter(name, value, gradients[name], own) for (name, value), own in named]
+        parameters = [_Parameter(name, value, gradients[name], own) for (name, value), own in named]
+        return sorted(parameters, key=lambda parameter: not _is_small(parameter.value))
 
     def _updated(self, parameters, gradients, moments, numbers: dict[str, mx.array], norm: mx.array):
         """(parameters, moments) after AdamW's update of some; numbers: its step and learning rate."""
@@ -150,6 +155,45 @@ def _take_group(waiting: list[_Parameter]) -> list[_Parameter]:
         group.append(waiting.pop(0))
         size += group[-1].value.nbytes
     return group
+
+
+def joined(updated: Callable) -> Callable:
+    """`TrainStep._updated` for a CPU: small parameters, which come first, are updated as one array.
+
+    AdamW works element by element, so bits stay the same. It takes about a dozen operations for each array, and a model
+    of small parameters waits for their number and not for their size.
+    """
+
+    def function(parameters, gradients, moments, *others):
+        n = sum(map(_is_small, parameters))
+        if n < 2:
+            return updated(parameters, gradients, moments, *others)
+        parts, names = parameters[:n], list(moments[0])  # in a state that was read each parameter has its own order
+        joint = {name: _join([own[name] for own in moments[:n]]) for name in names}
+        new, new_moments = updated(
+            [_join(parts), *parameters[n:]], [_join(gradients[:n]), *gradients[n:]], [joint, *moments[n:]], *others
+        )
+        split = zip(*(_split(new_moments[0][name], parts) for name in names), strict=True)
+        small = [dict(zip(names, arrays, strict=True)) for arrays in split]
+        return [*_split(new[0], parts), *new[1:]], [*small, *new_moments[1:]]
+
+    return function
+
+
+def _is_small(parameter: mx.array) -> bool:
+    """Whether a parameter is updated together with others, which have the same data type."""
+    return parameter.size <= SMALL_PARAMETER and parameter.dtype == mx.float32
+
+
+def _join(arrays) -> mx.array:
+    """Their elements in one array."""
+    return mx.concatenate([array.reshape(-1) for array in arrays])
+
+
+def _split(joint: mx.array, parts) -> list[mx.array]:
+    """Arrays of the shapes of `parts` from one with their elements."""
+    ends = list(accumulate(part.size for part in parts))
+    return [array.reshape(part.shape) for array, part in zip(mx.split(joint, ends[:-1]), parts, strict=True)]
 
 
 def compiled(model: Coconut, loss_and_gradient: Callable) -> Callable:
