@@ -34,6 +34,7 @@ from training import memory
 from training.step import TrainStep, compiled, new_optimizer
 from utils import UserError
 
+SET_CACHE_LIMIT = mx.set_cache_limit  # MLX's own; it returns the limit before
 needs_mlx_lm = pytest.mark.skipif(
     importlib.util.find_spec("mlx_lm") is None, reason="requirements-llm.txt is not installed"
 )
@@ -433,6 +434,13 @@ def test_freed_buffers_take_a_part_of_a_gpu(small_gpu, monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12_000, "memory_size": 16_000})
     memory.limit_memory()
     assert small_gpu == {"cache": 6_000, "wired": 12_000}
+
+
+def test_a_gpu_that_is_believed_in_sets_no_limit(gpu_code):
+    """It would outlast its test, and slow down all that follow in this process."""
+    before = SET_CACHE_LIMIT(1 << 40)
+    memory.limit_memory()
+    assert SET_CACHE_LIMIT(before) == 1 << 40
 
 
 def test_no_limit_on_a_cpu(small_gpu, monkeypatch):
