@@ -175,11 +175,17 @@ def operands(monkeypatch) -> list[mx.Dtype]:
 
 @pytest.fixture
 def gpu_code(monkeypatch):
-    """Every module believes that there is a GPU; nothing is compiled, which on a CPU takes a C++ compiler and time."""
+    """Every module believes that there is a GPU; nothing is compiled, which on a CPU takes a C++ compiler and time.
+
+    MLX's limits stay: those of a small GPU would outlast the test, and a process that keeps no freed buffers takes up
+    to three times as long.
+    """
     for module in list(sys.modules.values()):
         if getattr(module, "on_gpu", None) is on_gpu:
             monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80_000_000_000})
+    for name in ("set_cache_limit", "set_memory_limit", "set_wired_limit"):
+        monkeypatch.setattr(mx, name, lambda size: None)
     mx.disable_compile()
     yield
     mx.enable_compile()

@@ -83,6 +83,7 @@ def test_a_resumed_run_is_the_same_run(write, tmp_path, call_main):
 
 IN_TURN = """
 import os, sys
+sys.modules["torch"] = None  # mlx-lm's tokenizers do without, and its import takes longer than theirs
 import run
 group = run.join(os.environ)
 run.join = lambda environment: group

@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from survival import SETTINGS, Trial
+from survival import SETTINGS, UNPICTURED, Trial
 
 from startup import settings
 
@@ -50,6 +50,12 @@ def stopper(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopper")
     (folder / "sitecustomize.py").write_text(STOPPER)
     return folder
+
+
+@pytest.fixture
+def without_curves(monkeypatch):
+    """Runs that are started draw no curves.png."""
+    monkeypatch.setenv("PYTHONPATH", str(UNPICTURED))
 
 
 def python(*arguments, cwd, **environment):
@@ -158,6 +164,7 @@ SMALL = [ROOT / "run.py", "trial.yaml", "num_epochs=1"]
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.usefixtures("without_curves")
 def test_closed_output_is_no_failure(closed, trial, tmp_path):
     """And nothing that is printed lands in a file of the run."""
     words = " ".join(f"'{word}'" for word in [sys.executable, *SMALL, f"save_path={tmp_path}"])
@@ -171,7 +178,8 @@ def test_closed_output_is_no_failure(closed, trial, tmp_path):
 
 @pytest.mark.parametrize("words", [
     ["-m", "scripts.describe_data", "trial/train.json", "--tokenizer", "trial/words.json"], ["run.py", "--help"],
-    ["preprocessing/graphs.py", "--out", "."], ["-m", "scripts.ask", "trial/runs/trial/checkpoint_1", "a"],
+    ["preprocessing/graphs.py", "--train", "99", "--chains-train", "99", "--out", "."],
+    ["-m", "scripts.ask", "trial/runs/trial/checkpoint_1", "a"],
 ])  # fmt: skip
 def test_a_command_whose_reader_has_left_ends_quietly(words, trial, tmp_path):
     """`python -m scripts.describe_data FILE | head`: the status of what SIGPIPE ends, and no message."""
@@ -187,6 +195,7 @@ def test_a_command_whose_reader_has_left_ends_quietly(words, trial, tmp_path):
     assert not re.search("error|warning|Traceback|Exception|Broken", done.stderr), done.stderr
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_a_run_whose_reader_has_left_says_how_to_go_on(trial, tmp_path):
     words = " ".join(f"'{word}'" for word in [sys.executable, *SMALL, f"save_path={tmp_path}"])
     done = subprocess.run(
@@ -201,6 +210,7 @@ def test_a_run_whose_reader_has_left_says_how_to_go_on(trial, tmp_path):
 
 
 @pytest.mark.parametrize(("redirection", "status"), [("2>&1 | head -1", 141), ("2>/dev/full | cat", 1)])
+@pytest.mark.usefixtures("without_curves")
 def test_a_run_that_can_print_no_error_keeps_its_status(redirection, status, trial, tmp_path):
     """stderr is a pipe that nobody reads, or a full disk: no traceback in the place of the message."""
     words = " ".join(f"'{word}'" for word in [sys.executable, *SMALL, f"save_path={tmp_path}"])
@@ -282,6 +292,7 @@ def on_a_terminal(command, cwd, size=(24, 80), **environment) -> str:
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "xterm-256color", "NO_COLOR": "1"}, {"TERM": "xterm-256color"}])
+@pytest.mark.usefixtures("without_curves")
 def test_a_terminal_gets_bars_without_colors(environment, trial, tmp_path):
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
     shown = on_a_terminal(command, trial.folder, **environment)
@@ -290,6 +301,7 @@ def test_a_terminal_gets_bars_without_colors(environment, trial, tmp_path):
     assert not re.search(r"\x1b\[[0-9;]*m", shown)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_a_terminal_without_a_size_gets_bars_too(trial, tmp_path):
     """As programs open them that never set one."""
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
@@ -297,6 +309,7 @@ def test_a_terminal_without_a_size_gets_bars_too(trial, tmp_path):
     assert re.search(r"\rEpoch 1/1, stage 0: 100% \[", shown)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_a_dumb_terminal_gets_plain_lines(trial, tmp_path):
     command = [sys.executable, ROOT / "run.py", "trial.yaml", f"save_path={tmp_path}"]
     shown = on_a_terminal(command, trial.folder, TERM="dumb")

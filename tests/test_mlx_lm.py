@@ -200,7 +200,8 @@ def test_a_rotation_that_depends_on_the_length_is_refused():
 def test_the_limit_of_open_files_stays(limit):
     """mlx_lm.utils sets it to 2,048 of 4,096 at import, and raises ValueError where fewer are allowed."""
     code = f"""if True:
-        import resource
+        import resource, sys
+        sys.modules["torch"] = None  # not needed, and longer to import than all else
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         from startup import blas
         from models.mlx_lm import build

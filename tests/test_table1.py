@@ -204,12 +204,13 @@ def test_the_tokens_of_whole_steps_are_coconut_without_thoughts_at_that_stage():
 
 
 def test_the_random_extra_is_rarely_more_than_nothing():
-    data = tokenize([Example("q", ["x" * 500], "a")] * 100_000, TOKENIZER, "test")
-    stages = icot(removal_smoothing=4.0).training_stages(data, np.arange(len(data)), 0, len(data))
+    """Over one item that comes 100,000 times."""
+    data, order = tokenize([Example("q", ["x" * 500], "a")], TOKENIZER, "test"), np.zeros(100_000, np.int64)
+    stages = icot(removal_smoothing=4.0).training_stages(data, order, 0, len(order))
     assert np.mean(stages == 0) == pytest.approx(1 - np.exp(-4), abs=0.002)
     assert np.mean(stages == 1) == pytest.approx((1 - np.exp(-4)) * np.exp(-4), abs=0.002)
-    assert not np.array_equal(stages, icot(seed=1).training_stages(data, np.arange(len(data)), 0, len(data)))
-    assert icot(removal_smoothing=0.01).training_stages(data, np.arange(len(data)), 0, len(data)).max() == 100
+    assert not np.array_equal(stages, icot(seed=1).training_stages(data, order, 0, len(order)))
+    assert icot(removal_smoothing=0.01).training_stages(data, order, 0, len(order)).max() == 100
 
 
 @pytest.mark.parametrize("skip", range(4))
