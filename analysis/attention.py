@@ -12,8 +12,8 @@ For the set it prints how much of its attention a place spends on the question, 
 mean over heads and items. "first token" is the place that predicts the first token of the answer: the end marker, or
 without special tokens the last thought. That token is mostly the mark ###, so "answer" is the place of ### behind the
 prompt, which predicts the answer itself. Pauses count as thoughts. --control looks at a second checkpoint in the same
-way. Writes attention.jsonl (settings in the first line,
-then the map's rows, then one line for each item, place and layer) and attention.png.
+way. Writes attention.jsonl (settings in the first line, then the map's rows, then one line for each item, place and
+layer) and attention.png.
 """
 
 from startup import settings, signals

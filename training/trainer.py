@@ -70,7 +70,7 @@ class Trainer:
             self._save_checkpoint()
             self._stop_if_asked()
             result = answers(self.run, self.state.epoch, self.stop)
-            log_evaluation(self.run, self.metrics, self.state, self.state.epoch + 1, (loss, result))
+            log_evaluation(self.run, self.metrics, self.state, self.state.epoch + 1, loss, result)
             seconds = self.state.train_seconds + time.monotonic() - trained  # of which some may be before a restart
             self._finish_epoch(result.accuracy)
             self._say_outlook(seconds)
@@ -305,7 +305,7 @@ def evaluate_once(run: Run) -> None:
             run.group.agree(RunError(f"the validation loss of {run.valid.path} is {loss}; nothing was logged"))
         result = answers(run, config.resume, stop)
     with MetricLog(run.directory / "metrics.jsonl", None) if run.group.is_main else NoMetrics() as metrics:
-        log_evaluation(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), (loss, result))
+        log_evaluation(run, metrics, TrainState(epoch=config.resume), evaluated_epochs(run), loss, result)
     if run.group.is_main:  # now it is about the newest record
         write_text(run.directory / "config.yaml", config.to_yaml())
 
@@ -329,10 +329,10 @@ def answers(run: Run, epoch: int, stop: StopSignals) -> Evaluation:
 
 
 def log_evaluation(
-    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, found: tuple[float, Evaluation]
+    run: Run, metrics: MetricLog | NoMetrics, state: TrainState, epochs_done: int, loss: float, result: Evaluation
 ) -> None:
     """Print and log validation loss and answers at the stage of the state's epoch, and write the predictions."""
-    stage, (loss, result) = run.curriculum.stage(state.epoch), found
+    stage = run.curriculum.stage(state.epoch)
     about = about_evaluation(run) if run.config.only_eval else {}
     say(f"epoch {epochs_done}, stage {stage}: loss {loss:.4f}, {result.summary()}")
     say("\n".join(result.samples()))
